@@ -1,0 +1,47 @@
+# make demo and make test are the whole set-up: they create what they need.
+PYTHON ?= python3
+VENVS  ?= .venv
+VLLM   := $(VENVS)/vllm/bin
+
+.PHONY: help env-vllm demo test test-quick test-asan bench lint format clean
+
+help:
+	@echo "make demo        serve a pruned model dense and compiled; ends in a table (6 minutes)"
+	@echo "make test        all tests, with the real vLLM (12 minutes)"
+	@echo "make test-quick  the tests that start no engine (2 minutes)"
+	@echo "make test-asan   the C++ under AddressSanitizer and UBSan"
+	@echo "make bench       kernel speeds against peers, into benchmarks/results"
+	@echo "make lint        ruff, mypy, clang-format"
+	@echo "make env-vllm    only create $(VENVS)/vllm; VENVS=DIR keeps it elsewhere"
+
+env-vllm:
+	@$(PYTHON) tools/make_env.py vllm $(VENVS)/vllm
+
+demo: env-vllm
+	@$(VLLM)/python benchmarks/demo.py
+
+test: env-vllm
+	@$(VLLM)/python -m pytest
+
+test-quick: env-vllm
+	@$(VLLM)/python -m pytest --ignore=tests/engines
+
+test-asan: env-vllm
+	@$(VLLM)/python tools/run_asan.py
+
+bench: env-vllm
+	@$(VLLM)/python benchmarks/kernels.py
+
+lint: env-vllm
+	@$(VLLM)/ruff check .
+	@$(VLLM)/ruff format --check .
+	@$(VLLM)/mypy
+	@$(VLLM)/clang-format --dry-run --Werror $$(git ls-files '*.cpp' '*.h')
+
+format: env-vllm
+	@$(VLLM)/ruff check --fix .
+	@$(VLLM)/ruff format .
+	@$(VLLM)/clang-format -i $$(git ls-files '*.cpp' '*.h')
+
+clean:
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,107 @@
+"""The Python API: pack a weight, multiply by it, or swap a torch Linear for a sparse one."""
+
+from __future__ import annotations
+
+import torch
+
+from .compiler import plan
+from .errors import OptionError, WeightError
+from .formats import get_format
+from .kernels import registry
+from .options import Options
+from .packed import MachineWeight, PackedWeight
+
+VALUE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def pack(weight: torch.Tensor, format: str = "bitmask", values: str | None = None) -> PackedWeight:
+    """Pack a dense weight.
+
+    Args:
+        weight: [N, K], bfloat16, float16 or float32, any strides, on the CPU.
+        format: name of the format.
+        values: dtype of the stored values, `bf16` or `fp16`; None keeps the weight's own.
+            Converting rounds; float32 weights therefore need it said.
+
+    Returns:
+        The canonical form.
+
+    Raises:
+        OptionError: unknown format or values.
+        WeightError: NaN or Inf in the weight, or a dtype or shape the format cannot hold.
+    """
+    Options(format=format, values=values)
+    if weight.dim() != 2:
+        raise WeightError(f"a weight has two dimensions [N, K], got shape {tuple(weight.shape)}")
+    if values is not None:
+        converted = weight.to(VALUE_DTYPES[values])
+        if torch.isinf(converted).any() and not torch.isinf(weight).any():
+            raise WeightError(f"values {values} cannot hold this weight: some magnitudes overflow to Inf")
+        weight = converted
+    elif weight.dtype == torch.float32:
+        raise WeightError("a float32 weight would be rounded: say values='bf16' or values='fp16'")
+    return get_format(format).pack(weight.detach())
+
+
+def linear(x: torch.Tensor, weight: PackedWeight | MachineWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x W^T + bias, accumulated in float32.
+
+    Args:
+        x: [..., K], bfloat16, float16 or float32, any strides.
+        weight: packed [N, K]; a canonical form is lowered on first use and cached.
+        bias: [N] or None.
+
+    Returns:
+        [..., N] in x's dtype. A row's result does not depend on the batch it is in.
+    """
+    machine = weight.lower() if isinstance(weight, PackedWeight) else weight
+    return registry.kernel(machine.format).run(x, machine, bias)
+
+
+class SparseLinear(torch.nn.Module):
+    """Drop-in for `torch.nn.Linear` at inference: the weight lives in machine form only.
+
+    Attributes:
+        in_features, out_features: K and N.
+        format: name of the format the weight is stored in.
+    """
+
+    def __init__(self, weight: MachineWeight, bias: torch.Tensor | None = None) -> None:
+        super().__init__()
+        self.format = weight.format
+        self.out_features, self.in_features = weight.shape
+        self.dtype = weight.dtype
+        self._names = tuple(weight.tensors)
+        self.bias: torch.Tensor | None
+        for name, tensor in weight.tensors.items():
+            self.register_buffer(name, tensor)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_linear(cls, module: torch.nn.Linear, format: str = "auto", values: str | None = None) -> SparseLinear:
+        """Convert a Linear. `auto` takes the smallest lossless sparse format.
+
+        Raises:
+            OptionError: `auto`, and no sparse format makes this weight smaller.
+            WeightError: as `pack`.
+        """
+        weight = module.weight.detach()
+        if format == "auto":
+            decision = plan.choose(weight, Options())
+            if decision.format == "dense":
+                raise OptionError(f"format auto keeps this weight dense ({decision.reason}); name a format to force it")
+            format = decision.format
+        return cls(pack(weight, format, values).lower(), module.bias)
+
+    def machine_weight(self) -> MachineWeight:
+        """The machine form this layer runs on."""
+        tensors = {name: getattr(self, name) for name in self._names}
+        return MachineWeight(self.format, (self.out_features, self.in_features), self.dtype, tensors)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., K] -> [..., N]."""
+        tensors = [getattr(self, name) for name in self._names]
+        return registry.kernel(self.format).call(x, tensors, self.bias, self.out_features)
+
+    def extra_repr(self) -> str:  # noqa: D102
+        return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"

@@ -1,0 +1,221 @@
+"""The `sparse-backend` command. Errors are one line and exit code 2, never a traceback."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .errors import OptionError, SparseBackendError
+
+app = typer.Typer(
+    help="Serve pruned language models smaller and faster: convert, look inside, check the machine, serve.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console()
+err = Console(stderr=True)
+
+
+def _clean_errors(command: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(command)
+    def wrapped(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except SparseBackendError as error:
+            err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
+            raise typer.Exit(2) from None
+
+    return wrapped
+
+
+def _version(show: bool) -> None:
+    if show:
+        out.print(f"sparse_backend {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def _rules(values: list[str]) -> tuple[dict[str, Any], ...]:
+    rules = []
+    for text in values:
+        try:
+            rules.append(json.loads(text))
+        except ValueError:
+            raise OptionError(
+                f'--rule {text!r} is not JSON; write for example --rule \'{{"match": "*.down_proj", "sparsity": 0.7}}\''
+            ) from None
+    return tuple(rules)
+
+
+def _gigabytes(count: float) -> str:
+    return f"{count / 1e9:.3f} GB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
+
+
+@app.command("compile")
+@_clean_errors
+def compile_command(
+    model: Annotated[
+        Path, typer.Argument(help="Checkpoint folder in Hugging Face layout (safetensors).", show_default=False)
+    ],
+    target: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder to create; must not exist.", show_default=False)
+    ],
+    sparsity: Annotated[
+        float | None,
+        typer.Option(help="Prune this share of every output row first (lossy). Default: keep the zeros there are."),
+    ] = None,
+    method: Annotated[str, typer.Option(help="How pruning ranks weights: magnitude.")] = "magnitude",
+    format: Annotated[str, typer.Option(help="auto (smallest lossless), bitmask, or dense.")] = "auto",
+    values: Annotated[
+        str | None, typer.Option(help="Stored values: bf16 or fp16. Default: the checkpoint's own dtype.")
+    ] = None,
+    ignore: Annotated[
+        list[str] | None, typer.Option(help="Modules to leave dense: fnmatch or re:..., repeatable.")
+    ] = None,
+    rule: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Per-module options, repeatable, first match wins: \'{"match": "*.down_proj", "sparsity": 0.7}\''
+        ),
+    ] = None,
+) -> None:
+    """Convert a checkpoint once; OUT is then served with no flag at all.
+
+    Reads MODEL tensor by tensor and never changes it. Without --sparsity the result computes
+    exactly what MODEL computes. OUT appears only when it is complete.
+
+    Example: sparse-backend compile ./llama ./llama-50 --sparsity 0.5
+    """
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .compiler.convert import compile_checkpoint
+    from .options import Options
+
+    options = Options(
+        format=format, values=values, sparsity=sparsity, method=method,
+        ignore=tuple(ignore or ()), rules=_rules(rule or []),
+    )  # fmt: skip
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task("compiling", total=None)
+
+        def progress(done: int, total: int, name: str) -> None:
+            bar.update(task, completed=done, total=total, description=name[-40:])
+
+        report = compile_checkpoint(model, target, options, progress)
+    table = Table("format", "projections", "before", "after", title=f"{target}", title_justify="left")
+    for name, (count, before, after) in report.by_format().items():
+        table.add_row(name, str(count), _gigabytes(before), _gigabytes(after))
+    out.print(table)
+    for reason, count in report.dense_reasons().items():
+        out.print(f"dense: {count} x {reason}", highlight=False)
+    if sparsity:
+        out.print("Pruned: this model differs from the original; check its quality before serving it.", highlight=False)
+    out.print(f"Serve it: sparse-backend serve {target}", highlight=False)
+
+
+@app.command()
+@_clean_errors
+def inspect(
+    model: Annotated[Path, typer.Argument(help="Compiled (or plain) checkpoint folder.", show_default=False)],
+    modules: Annotated[bool, typer.Option("--modules", help="One row per module.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Also read every packed tensor and check its checksum.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a compiled checkpoint holds; headers are always verified."""
+    from .compiler import inspection
+
+    info = inspection.inspect(model, verify=verify)
+    if as_json:
+        typer.echo(json.dumps(info.to_json(), indent=2))
+        return
+    out.print(
+        f"{model}: {info.architecture}, {len(info.rows)} packed modules of {info.module_count} with a 2-D weight",
+        highlight=False,
+    )
+    if info.options:
+        out.print(f"options: {json.dumps(info.options)}", highlight=False, markup=False)
+    table = Table("module" if modules else "format", "modules", "shape", "zeros", "bits/weight", "dense", "packed")
+    rows = info.rows if modules else info.by_format()
+    for row in rows:
+        table.add_row(
+            row.name, str(row.count), row.shape, f"{row.zeros:.1%}", f"{row.bits_per_weight:.2f}",
+            _gigabytes(row.dense_bytes), _gigabytes(row.packed_bytes),
+        )  # fmt: skip
+    if info.rows:
+        out.print(table)
+    if verify:
+        out.print("all checksums match", highlight=False)
+
+
+@app.command()
+@_clean_errors
+def doctor() -> None:
+    """Show the machine, the kernel levels it runs, and whether the engines see this plugin."""
+    from . import diagnosis
+
+    table = Table("what", "found", title=f"sparse_backend {__version__}", title_justify="left")
+    healthy = True
+    with err.status("asking the engines (a few seconds)"):
+        for check in diagnosis.run():
+            table.add_row(check.name, check.text if check.ok else f"[red]{check.text}[/red]")
+            healthy &= check.ok
+    out.print(table)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@_clean_errors
+def serve(
+    context: typer.Context,
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name, plain or compiled.", show_default=False)],
+    engine: Annotated[str, typer.Option(help="Engine to run: vllm.")] = "vllm",
+    show: Annotated[
+        bool, typer.Option("--show", help="Print the command and environment instead of running it.")
+    ] = False,
+) -> None:
+    """Run the engine's own OpenAI-compatible server with this plugin and sensible settings.
+
+    Sets what this machine needs (threads, KV-cache size; your own environment variables win)
+    and passes everything after -- to the engine.
+
+    Example: sparse-backend serve ./llama-50 -- --port 8000 --max-model-len 4096
+    """
+    from . import serving
+
+    command, environment = serving.prepare(model, engine, context.args)
+    if show:
+        for key, value in environment.items():
+            typer.echo(f"{key}={value}")
+        typer.echo(" ".join(command))
+        return
+    serving.run(command, environment)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From a checkpoint to a compiled one: prune, choose formats, read and write safetensors."""

@@ -1,0 +1,109 @@
+"""What a checkpoint holds, read from its headers."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError
+from ..formats import get_format
+from . import checkpoint
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One module, or all modules of a format."""
+
+    name: str
+    count: int
+    shape: str
+    weights: int
+    nnz: int
+    dense_bytes: int
+    packed_bytes: int
+
+    @property
+    def zeros(self) -> float:
+        """Share of weights that are not stored."""
+        return 1 - self.nnz / self.weights if self.weights else 0.0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the canonical form."""
+        return 8 * self.packed_bytes / self.weights if self.weights else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Inspection:
+    """A checkpoint at a glance."""
+
+    architecture: str
+    options: dict[str, Any]
+    module_count: int
+    rows: list[Row]
+
+    def by_format(self) -> list[Row]:
+        """Rows added up per format."""
+        groups: dict[str, list[Row]] = {}
+        for row in self.rows:
+            groups.setdefault(row.name.rsplit(" ", 1)[-1].strip("()"), []).append(row)
+        return [
+            Row(
+                name,
+                len(rows),
+                "",
+                *(sum(getattr(r, f) for r in rows) for f in ("weights", "nnz", "dense_bytes", "packed_bytes")),
+            )
+            for name, rows in groups.items()
+        ]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `inspect --json`."""
+        rows = [{**dataclasses.asdict(r), "zeros": r.zeros, "bits_per_weight": r.bits_per_weight} for r in self.rows]
+        return {"architecture": self.architecture, "options": self.options, "modules": rows}
+
+
+def inspect(folder: str | Path, verify: bool = False) -> Inspection:
+    """Read a checkpoint's headers; with `verify` also every packed tensor.
+
+    Raises:
+        CheckpointError: anything is missing or damaged.
+    """
+    info = checkpoint.read(folder)
+    rows = []
+    for name, entry in sorted(info.modules.items()):
+        packed_bytes = 0
+        nnz = 0
+        for spec in get_format(entry.format).tensors:
+            _, shape = info.tensors[f"{name}.{entry.format}.{spec.name}"]
+            size = spec.dtype.itemsize if spec.dtype else 2
+            packed_bytes += math.prod(shape) * size
+            if spec.dtype is None:
+                nnz = math.prod(shape)
+        weights = entry.shape[0] * entry.shape[1]
+        shape_text = f"{entry.shape[0]} x {entry.shape[1]}"
+        rows.append(Row(f"{name} ({entry.format})", 1, shape_text, weights, nnz, 2 * weights, packed_bytes))
+    if verify:
+        _verify(info)
+    architecture = ", ".join(info.config.get("architectures") or ["unknown architecture"])
+    options = info.config.get("quantization_config") or {}
+    return Inspection(architecture, options, len(info.module_names()), rows)
+
+
+def _verify(info: checkpoint.Checkpoint) -> None:
+    for path in info.files:
+        with checkpoint.open_shard(path) as shard:
+            names = set(shard.keys())
+            stream = (
+                (n, shard.get_tensor(n))
+                for n in sorted(names)
+                if n.rpartition(".")[0].rpartition(".")[0] in info.modules
+            )
+            here = {m: e for m, e in info.modules.items() if e.file == path}
+            try:
+                for _ in checkpoint.expand(stream, here):
+                    pass
+            except OSError as error:
+                raise CheckpointError(f"{path}: cannot be read: {error}") from None

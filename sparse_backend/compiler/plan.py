@@ -1,0 +1,54 @@
+"""Which format a weight gets, and why.
+
+Today's model is bytes: at batch 1 a kernel runs at the speed of memory, so what is smaller is
+faster. The measured cost model, with instructions and batch sizes, comes with `sparse-backend
+plan`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..formats import FORMATS
+from ..options import Options
+
+# A format must save at least this share of the dense bytes to be worth leaving the engine's
+# own dense path.
+MIN_SAVING = 0.10
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """A format's name (or `dense`), and the reason in words."""
+
+    format: str
+    reason: str
+
+
+def choose(weight: torch.Tensor, options: Options) -> Decision:
+    """The format for one weight.
+
+    Args:
+        weight: dense [N, K].
+        options: of this module; `format` other than auto is obeyed.
+    """
+    if options.format != "auto":
+        return Decision(options.format, f"format {options.format} was asked for")
+    if weight.numel() == 0:
+        return Decision("dense", "the weight is empty")
+    shape = (weight.shape[0], weight.shape[1])
+    nnz = int(torch.count_nonzero(weight))
+    dense_bytes = weight.numel() * weight.dtype.itemsize
+    zeros = 1 - nnz / weight.numel()
+    candidates = [f for f in FORMATS.values() if f.lossless and weight.dtype in f.dtypes]
+    if not candidates:
+        name = str(weight.dtype).removeprefix("torch.")
+        return Decision("dense", f"{name} weights: no lossless format (values bf16 or fp16 would round)")
+    best = min(candidates, key=lambda f: f.nbytes(shape, nnz, weight.dtype))
+    ratio = best.nbytes(shape, nnz, weight.dtype) / dense_bytes
+    if ratio > 1 - MIN_SAVING:
+        # Grouped in summaries, so the reason names no number that differs by layer.
+        return Decision("dense", "too few zeros for a sparse format to be smaller (prune with --sparsity)")
+    return Decision(best.name, f"{zeros:.0%} zeros: {ratio:.0%} of the dense bytes")

@@ -1,0 +1,34 @@
+// What this processor can run, and which kernel level is in use.
+//
+// A feature counts only when CPUID reports it *and* the operating system saves its
+// registers (XCR0): CPUID alone is how wheels die of SIGILL inside virtual machines.
+#pragma once
+
+namespace sparse_backend {
+
+// Kernel levels, ordered: a level may be forced down, never up.
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+
+struct CpuFeatures {
+  bool avx2 = false;    // AVX2 with FMA, F16C and POPCNT
+  bool avx512 = false;  // AVX-512 F, BW, DQ, VL and VBMI2 (vpexpandw)
+  bool avx512_bf16 = false;
+  bool avx512_vnni = false;
+  bool avx_vnni = false;
+  bool amx_bf16 = false;
+  bool amx_int8 = false;
+};
+
+// Read once; the values cannot change while the process lives.
+const CpuFeatures& cpu_features();
+
+// The highest level this machine runs.
+Isa best_isa();
+
+// The level the kernels use now; best_isa() until set_isa() lowers it.
+Isa active_isa();
+
+// Returns false, and changes nothing, for a level the machine lacks.
+bool set_isa(Isa isa);
+
+}  // namespace sparse_backend

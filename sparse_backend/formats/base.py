@@ -1,0 +1,104 @@
+"""What a format is. A new one is a file beside this one and a row in kernels/registry.py."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from typing import ClassVar
+
+import torch
+
+from ..errors import WeightError
+from ..packed import MachineWeight, PackedWeight
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a canonical form.
+
+    Attributes:
+        name: its suffix in a compiled checkpoint, `<module>.<format>.<name>`.
+        dtype: None for the dtype of the values.
+        dims: number of dimensions.
+        shape: the shape in words, for documentation and errors.
+    """
+
+    name: str
+    dtype: torch.dtype | None
+    dims: int
+    shape: str
+
+
+class Format(abc.ABC):
+    """A way to store a weight [N, K].
+
+    Subclasses are stateless; everything about one weight is in its PackedWeight.
+    """
+
+    name: ClassVar[str]
+    tensors: ClassVar[tuple[TensorSpec, ...]]
+    dtypes: ClassVar[tuple[torch.dtype, ...]]
+    lossless: ClassVar[bool]
+
+    @abc.abstractmethod
+    def nbytes(self, shape: tuple[int, int], nnz: int, dtype: torch.dtype) -> int:
+        """Bytes of the canonical form of a weight with `nnz` nonzeros."""
+
+    @abc.abstractmethod
+    def pack(self, weight: torch.Tensor) -> PackedWeight:
+        """Pack [N, K]; WeightError for NaN, Inf or a dtype not in `dtypes`."""
+
+    @abc.abstractmethod
+    def unpack(self, packed: PackedWeight) -> torch.Tensor:
+        """The dense [N, K]."""
+
+    @abc.abstractmethod
+    def lower(self, packed: PackedWeight) -> MachineWeight:
+        """The machine form for this machine's kernels."""
+
+    @abc.abstractmethod
+    def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
+        """Part `index` of `count` along `dim`, without leaving the canonical form's meaning."""
+
+    def validate(self, packed: PackedWeight) -> None:
+        """WeightError unless the tensors are those of this format, with its dtypes."""
+        expected = [spec.name for spec in self.tensors]
+        if sorted(packed.tensors) != sorted(expected):
+            raise WeightError(f"{self.name}: needs tensors {expected}, got {sorted(packed.tensors)}")
+        for spec in self.tensors:
+            tensor = packed.tensors[spec.name]
+            dtype = spec.dtype or packed.dtype
+            if tensor.dtype != dtype or tensor.dim() != spec.dims:
+                raise WeightError(
+                    f"{self.name}: tensor '{spec.name}' must be {dtype} of shape {spec.shape}, "
+                    f"got {tensor.dtype} of shape {tuple(tensor.shape)}"
+                )
+
+    def check_weight(self, weight: torch.Tensor) -> None:
+        """WeightError for a dtype the format cannot store, or a device without kernels."""
+        if weight.dtype not in self.dtypes:
+            names = ", ".join(str(d).removeprefix("torch.") for d in self.dtypes)
+            raise WeightError(f"{self.name} stores {names}, got {weight.dtype}")
+        if weight.device.type != "cpu":
+            raise WeightError(f"{self.name} packs on the CPU; move the weight there first (it is on {weight.device})")
+
+    @staticmethod
+    def part(size: int, index: int, count: int) -> slice:
+        """The slice of part `index` of `count`; WeightError unless it divides."""
+        if count < 1 or not 0 <= index < count or size % count:
+            raise WeightError(f"cannot cut {size} into {count} equal parts (part {index})")
+        step = size // count
+        return slice(index * step, (index + 1) * step)
+
+
+def naive_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """The reference for every format and kernel: unpack, multiply in float64, round once.
+
+    Args:
+        x: [..., K]; packed: [N, K]; bias: [N] or None.
+
+    Returns:
+        [..., N] float64; the caller rounds to the dtype it compares in.
+    """
+    y = x.double() @ packed.unpack().double().T
+    return y if bias is None else y + bias.double()

@@ -1,0 +1,1 @@
+"""Kernels: `registry` is the capability table, `cpu` loads the C++ library."""

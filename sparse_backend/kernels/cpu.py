@@ -1,0 +1,134 @@
+"""Loads the C++ library, chooses its instruction-set level, registers the ops' fakes."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import envs
+from ..errors import IsaError, WeightError
+
+ISA_LEVELS = ("scalar", "avx2", "avx512")
+_FEATURES = ("avx2", "avx512", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+_DTYPE_CODES = {torch.bfloat16: 0, torch.float16: 1, torch.float32: 2}
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The loaded library. Ops are registered and SPARSE_BACKEND_ISA is applied on first use.
+
+    Raises:
+        IsaError: the library was not built, or SPARSE_BACKEND_ISA asks for too much.
+    """
+    path = Path(__file__).parents[1] / "_C.so"
+    if not path.exists():
+        raise IsaError(
+            f"{path.name} is missing from the package: install it with 'pip install .' (needs a C++ compiler)"
+        )
+    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    lib = ctypes.CDLL(str(path))
+    lib.sparse_backend_bitmask_kernel.restype = ctypes.c_char_p
+    _register_fakes()
+    forced = envs.isa()
+    if forced is not None:
+        _set_level(lib, forced, f"{envs.ISA_VARIABLE}={forced}")
+    return lib
+
+
+def _set_level(lib: ctypes.CDLL, isa: str, asked: str) -> None:
+    best = ISA_LEVELS[lib.sparse_backend_best_isa()]
+    if isa not in ISA_LEVELS:
+        raise IsaError(f"{asked}: unknown level; allowed here: {', '.join(available_levels(best))}")
+    if not lib.sparse_backend_set_isa(ISA_LEVELS.index(isa)):
+        raise IsaError(
+            f"{asked}: this machine has no {isa}; allowed here: {', '.join(available_levels(best))} "
+            "('sparse-backend doctor' shows why)"
+        )
+
+
+def available_levels(best: str | None = None) -> tuple[str, ...]:
+    """The levels this machine runs, lowest first."""
+    best = best or ISA_LEVELS[library().sparse_backend_best_isa()]
+    return ISA_LEVELS[: ISA_LEVELS.index(best) + 1]
+
+
+def active_isa() -> str:
+    """The level in use."""
+    return ISA_LEVELS[library().sparse_backend_active_isa()]
+
+
+def set_isa(isa: str) -> None:
+    """Use a level from now on, in this process; IsaError if the machine lacks it."""
+    _set_level(library(), isa, f"set_isa({isa!r})")
+
+
+@contextlib.contextmanager
+def forced_isa(isa: str) -> Iterator[None]:
+    """Use a level inside a with block."""
+    before = active_isa()
+    set_isa(isa)
+    try:
+        yield
+    finally:
+        set_isa(before)
+
+
+def features() -> dict[str, bool]:
+    """Instruction sets found by CPUID and enabled by the operating system (XCR0)."""
+    bits = library().sparse_backend_cpu_features()
+    return {name: bool(bits >> i & 1) for i, name in enumerate(_FEATURES)}
+
+
+def kernel_name(values: torch.dtype, x: torch.dtype) -> str:
+    """The bitmask kernel that runs for these dtypes at the active level."""
+    name: bytes = library().sparse_backend_bitmask_kernel(_DTYPE_CODES[values], _DTYPE_CODES[x])
+    return name.decode()
+
+
+def ops() -> Any:
+    """`torch.ops.sparse_backend`, with the library loaded."""
+    library()
+    return torch.ops.sparse_backend
+
+
+@contextlib.contextmanager
+def as_weight_error() -> Iterator[None]:
+    """Turn an op's complaint about a weight into WeightError, without torch's stack."""
+    try:
+        yield
+    except RuntimeError as error:
+        text = re.sub(r"\n?(Exception raised from|C\+\+ CapturedTraceback).*", "", str(error), flags=re.DOTALL)
+        raise WeightError(text.strip()) from None
+
+
+def _register_fakes() -> None:
+    """Shapes for torch.compile and the meta device."""
+
+    @torch.library.register_fake("sparse_backend::bitmask_pack")  # type: ignore[untyped-decorator]
+    def _pack(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        nnz = torch.library.get_ctx().new_dynamic_size()
+        n, k = weight.shape
+        return weight.new_empty((n, (k + 7) // 8), dtype=torch.uint8), weight.new_empty((nnz,))
+
+    @torch.library.register_fake("sparse_backend::bitmask_unpack")  # type: ignore[untyped-decorator]
+    def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
+        return values.new_empty((mask.shape[0], in_features))
+
+    @torch.library.register_fake("sparse_backend::bitmask_lower")  # type: ignore[untyped-decorator]
+    def _lower(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
+        # The same sum as machine_bytes() in csrc/bitmask/pack.cpp; opcheck compares them.
+        panels = (mask.shape[0] + 3) // 4
+        offsets = ((panels + 1) * 8 + 63) // 64 * 64
+        stream = panels * ((in_features + 63) // 64) * 32 + 2 * values.shape[0]
+        return mask.new_empty((64 + offsets + stream + 64,))
+
+    @torch.library.register_fake("sparse_backend::bitmask_linear")  # type: ignore[untyped-decorator]
+    def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], out_features))

@@ -1,0 +1,173 @@
+"""The one options object: CLI flags, config.json, vLLM's hf_overrides all become this."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .errors import OptionError
+
+QUANT_METHOD = "sparse-compiled"
+
+# What each option may be today. The design names more (ternary, int8, wanda, ...): a value
+# joins its row here in the change that builds it.
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "format": ("auto", "dense", "bitmask"),
+    "values": (None, "bf16", "fp16"),
+    "bits": (None,),
+    "method": ("magnitude",),
+    "pattern": ("unstructured",),
+    "group_size": (None,),
+    "activations": ("keep",),
+    "lm_head": ("keep",),
+}
+
+# Decided when a checkpoint is compiled; loading it cannot change them any more.
+COMPILE_TIME_KEYS = ("values", "bits", "sparsity", "method", "pattern", "group_size")
+
+_NOT_IN_RULES = ("rules", "ignore", "lm_head")
+
+
+def _show(values: Sequence[Any]) -> str:
+    return ", ".join("null" if v is None else str(v) for v in values)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether an `ignore` or `match` pattern takes the HF module `name`.
+
+    `re:...` is a regular expression for the whole name, anything else an fnmatch pattern.
+    """
+    if pattern.startswith("re:"):
+        return re.fullmatch(pattern[3:], name) is not None
+    return fnmatch.fnmatchcase(name, pattern)
+
+
+def _check_pattern(key: str, pattern: object) -> None:
+    if not isinstance(pattern, str) or not pattern:
+        raise OptionError(f"option '{key}': patterns are non-empty strings, got {pattern!r}")
+    if pattern.startswith("re:"):
+        try:
+            re.compile(pattern[3:])
+        except re.error as error:
+            raise OptionError(f"option '{key}': {pattern!r} is no regular expression: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How projections are stored and run. The defaults change no weight.
+
+    Attributes:
+        format: `auto` packs what gets smaller without loss; a name packs everything that way.
+        values: dtype of stored values; None keeps the weight's own.
+        bits: storage bits of ternary weights (no value is built yet).
+        sparsity: share of weights to prune per output row, 0 <= s < 1; None prunes nothing.
+        method: how pruning ranks weights.
+        pattern: which zero patterns pruning makes.
+        group_size: weights per quantisation scale (no value is built yet).
+        activations: `keep` leaves them in the engine's dtype.
+        batch: tokens per step to plan for.
+        lm_head: `keep` leaves the output head dense.
+        ignore: HF module names left dense; fnmatch patterns or `re:...`.
+        rules: `{"match": pattern, key: value, ...}`; the first match overrides options.
+
+    Raises:
+        OptionError: naming the key and the allowed values.
+    """
+
+    format: str = "auto"
+    values: str | None = None
+    bits: float | None = None
+    sparsity: float | None = None
+    method: str = "magnitude"
+    pattern: str = "unstructured"
+    group_size: int | None = None
+    activations: str = "keep"
+    batch: int = 1
+    lm_head: str = "keep"
+    ignore: tuple[str, ...] = ()
+    rules: tuple[Mapping[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        for key, allowed in CHOICES.items():
+            value = getattr(self, key)
+            if value not in allowed or isinstance(value, bool):
+                raise OptionError(f"option '{key}' = {value!r} is not available; allowed: {_show(allowed)}")
+        if self.sparsity is not None:
+            if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
+                raise OptionError(f"option 'sparsity' = {self.sparsity!r} is no number; allowed: null or 0 <= s < 1")
+            if not 0 <= self.sparsity < 1:
+                raise OptionError(f"option 'sparsity' = {self.sparsity} is out of range; allowed: null or 0 <= s < 1")
+            if self.sparsity > 0 and self.format == "dense":
+                raise OptionError(
+                    "options 'sparsity' and 'format' contradict: format dense stores every weight; "
+                    "use format auto or bitmask, or drop sparsity"
+                )
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise OptionError(f"option 'batch' = {self.batch!r}; allowed: an integer of at least 1")
+        for key in ("ignore", "rules"):
+            value = getattr(self, key)
+            if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+                raise OptionError(f"option '{key}' must be a list, got {value!r}")
+            object.__setattr__(self, key, tuple(value))
+        for pattern in self.ignore:
+            _check_pattern("ignore", pattern)
+        for rule in self.rules:
+            self._check_rule(rule)
+
+    def _check_rule(self, rule: object) -> None:
+        if not isinstance(rule, Mapping) or "match" not in rule:
+            raise OptionError(f"option 'rules': each rule is an object with a 'match' pattern, got {rule!r}")
+        _check_pattern("rules", rule["match"])
+        overrides = {k: v for k, v in rule.items() if k != "match"}
+        for key in overrides:
+            if key in _NOT_IN_RULES:
+                raise OptionError(f"option 'rules': '{key}' cannot be set per module")
+        _check_keys(overrides, "rules: ")
+        self._override(overrides)
+
+    def _override(self, overrides: Mapping[str, Any]) -> Options:
+        return dataclasses.replace(self, **{**overrides, "rules": (), "ignore": ()})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Options:
+        """Options from a JSON object; `quant_method` may be among the keys.
+
+        Raises:
+            OptionError: for an unknown key, with the nearest known one.
+        """
+        values = {k: v for k, v in values.items() if k != "quant_method"}
+        _check_keys(values)
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object for config.json: `quant_method` and what differs from the default."""
+        out: dict[str, Any] = {"quant_method": QUANT_METHOD}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value != field.default:
+                out[field.name] = (
+                    [dict(v) if isinstance(v, Mapping) else v for v in value] if isinstance(value, tuple) else value
+                )
+        return out
+
+    def for_module(self, name: str) -> Options | None:
+        """The options of one HF module, or None if it is ignored."""
+        if any(matches(pattern, name) for pattern in self.ignore):
+            return None
+        for rule in self.rules:
+            if matches(rule["match"], name):
+                return self._override({k: v for k, v in rule.items() if k != "match"})
+        return self._override({})
+
+
+def _check_keys(values: Mapping[str, Any], where: str = "") -> None:
+    known = [field.name for field in dataclasses.fields(Options)]
+    for key in values:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1)
+            hint = f"; did you mean '{near[0]}'?" if near else ""
+            raise OptionError(f"unknown option '{where}{key}'{hint} Allowed: {', '.join(known)}")

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_backend.kernels import cpu
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHON_LM = ROOT / "models" / "python-lm"
+
+
+def sparse_weight(n: int, k: int, zeros: float, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(n, k, generator=generator).to(dtype)
+    weight[torch.rand(n, k, generator=generator) < zeros] = 0
+    return weight
+
+
+@pytest.fixture(params=cpu.available_levels())
+def isa(request: pytest.FixtureRequest):
+    """Every kernel level this machine runs."""
+    with cpu.forced_isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(scope="session")
+def python_lm() -> Path:
+    return PYTHON_LM
+
+
+@pytest.fixture(scope="session")
+def python_lm_50(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shipped model, pruned to 50% and compiled."""
+    from sparse_backend import Options
+    from sparse_backend.compiler.convert import compile_checkpoint
+
+    target = tmp_path_factory.mktemp("models") / "python-lm-50"
+    compile_checkpoint(PYTHON_LM, target, Options(sparsity=0.5))
+    return target

