@@ -105,7 +105,7 @@ def as_weight_error() -> Iterator[None]:
         yield
     except RuntimeError as error:
         text = re.sub(r"\n?(Exception raised from|C\+\+ CapturedTraceback).*", "", str(error), flags=re.DOTALL)
-        raise WeightError(text.strip()) from None
+        raise WeightError(re.sub(r"^\w+, \S+\.cpp:\d+, ", "", text.strip())) from None
 
 
 def _register_fakes() -> None:

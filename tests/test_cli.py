@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import PYTHON_LM
+
+
+def cli(*args, **env):
+    command = [sys.executable, "-m", "sparse_backend.cli", *map(str, args)]
+    environment = {**os.environ, "COLUMNS": "200", **env}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert "Traceback" not in result.stderr, result.stderr
+    return result
+
+
+def test_help_teaches():
+    text = cli("--help").stdout
+    for command in ("compile", "inspect", "doctor", "serve"):
+        assert command in text
+    assert "sparse-backend compile ./llama ./llama-50 --sparsity 0.5" in cli("compile", "--help").stdout
+    assert re.search(r"sparse_backend \d", cli("--version").stdout)
+
+
+def test_compile_then_inspect(tmp_path):
+    out = tmp_path / "out"
+    result = cli("compile", PYTHON_LM, out, "--sparsity", "0.5")
+    assert result.returncode == 0, result.stderr
+    assert "bitmask" in result.stdout
+    assert "differs from the original" in result.stdout
+    text = cli("inspect", out, "--verify").stdout
+    assert "42 packed modules" in text
+    assert "50.0%" in text
+    assert "all checksums match" in text
+    rows = json.loads(cli("inspect", out, "--json").stdout)["modules"]
+    assert len(rows) == 42
+    assert all(row["zeros"] == 0.5 for row in rows)
+    assert "down_proj" in cli("inspect", out, "--modules").stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["compile", PYTHON_LM, "{tmp}", "--sparsity", "0.5"], "exists already"),
+        (["compile", PYTHON_LM, "{tmp}/o"], "nothing to pack"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--sparsity", "1.5"], "0 <= s < 1"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--format", "sell"], "allowed: auto, dense, bitmask"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--rule", "{"], "is not JSON"),
+        (["compile", "{tmp}/none", "{tmp}/o"], "no such folder"),
+        (["inspect", "{tmp}"], "no config.json"),
+        (["serve", PYTHON_LM, "--engine", "tgi"], "allowed: vllm"),
+        (["serve", "{tmp}"], "no config.json"),
+        (["serve", PYTHON_LM, "--", "--tensor-parallel-size", "x"], "whole number"),
+    ],
+)
+def test_errors_are_one_line_and_exit_2(tmp_path, args, message):
+    result = cli(*[str(a).format(tmp=tmp_path) if "{tmp}" in str(a) else a for a in args])
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.lstrip().startswith("error: ")
+    assert not (tmp_path / "o").exists()
+
+
+def test_serve_shows_what_it_would_run(tmp_path):
+    text = cli("serve", PYTHON_LM, "--show", "--", "--port", "1", "--tensor-parallel-size=2").stdout
+    assert "vllm.entrypoints.openai.api_server --model" in text
+    assert "--quantization sparse-compiled" in text
+    assert text.strip().endswith("--port 1 --tensor-parallel-size=2")
+    assert "VLLM_CPU_KVCACHE_SPACE=" in text
+    assert "VLLM_CPU_OMP_THREADS_BIND=" in text
+    own = cli("serve", PYTHON_LM, "--show", VLLM_CPU_KVCACHE_SPACE="3").stdout
+    assert "VLLM_CPU_KVCACHE_SPACE" not in own
+
+
+def test_doctor_finds_machine_and_plugin():
+    result = cli("doctor")
+    assert result.returncode == 0, result.stdout
+    for text in ("kernel levels", "scalar", "vllm-cpu 0.32.0", "registered: --quantization sparse-compiled"):
+        assert text in result.stdout
+    hidden = cli("doctor", VLLM_PLUGINS="other")
+    assert hidden.returncode == 1
+    assert "VLLM_PLUGINS=other leaves it out" in hidden.stdout
+    forced = cli("doctor", SPARSE_BACKEND_ISA="avx9000")
+    assert forced.returncode == 1
+    assert "unknown level" in forced.stdout

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+
+from sparse_backend import OptionError, Options
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"fromat": "auto"}, "unknown option 'fromat'; did you mean 'format'"),
+        ({"format": "ternary"}, "'format' = 'ternary' is not available; allowed: auto, dense, bitmask"),
+        ({"values": "int8"}, "allowed: null, bf16, fp16"),
+        ({"bits": 2}, "option 'bits' = 2 is not available; allowed: null"),
+        ({"method": "wanda"}, "allowed: magnitude"),
+        ({"pattern": "2:4"}, "allowed: unstructured"),
+        ({"group_size": 64}, "'group_size'"),
+        ({"activations": "int8"}, "allowed: keep"),
+        ({"lm_head": "int8"}, "allowed: keep"),
+        ({"sparsity": 1.0}, "0 <= s < 1"),
+        ({"sparsity": -0.1}, "0 <= s < 1"),
+        ({"sparsity": "half"}, "no number"),
+        ({"sparsity": True}, "no number"),
+        ({"sparsity": float("nan")}, "out of range"),
+        ({"batch": 0}, "at least 1"),
+        ({"format": "dense", "sparsity": 0.5}, "contradict"),
+        ({"ignore": "lm_head"}, "must be a list"),
+        ({"ignore": ["re:("]}, "no regular expression"),
+        ({"ignore": [""]}, "non-empty"),
+        ({"rules": [{"format": "dense"}]}, "'match' pattern"),
+        ({"rules": [{"match": "*", "formt": "dense"}]}, "did you mean 'format'"),
+        ({"rules": [{"match": "*", "ignore": []}]}, "cannot be set per module"),
+        ({"rules": [{"match": "*", "values": "int4"}]}, "allowed: null, bf16, fp16"),
+    ],
+)
+def test_bad_options_name_the_key_and_what_is_allowed(values, message):
+    with pytest.raises(OptionError, match=message.replace("(", r"\(")):
+        Options.from_dict(values)
+
+
+def test_round_trip_through_json():
+    options = Options.from_dict(
+        {
+            "quant_method": "sparse-compiled",
+            "sparsity": 0.5,
+            "ignore": ["*.q_proj"],
+            "rules": [{"match": "re:.*down.*", "sparsity": 0.7}],
+        }
+    )
+    assert Options.from_dict(options.to_dict()) == options
+    assert Options().to_dict() == {"quant_method": "sparse-compiled"}
+
+
+def test_first_matching_rule_wins_and_ignore_beats_rules():
+    options = Options(
+        sparsity=0.5,
+        ignore=("*.layers.0.*",),
+        rules=({"match": "*.down_proj", "sparsity": 0.7}, {"match": "re:.*_proj", "format": "bitmask"}),
+    )
+    assert options.for_module("model.layers.0.mlp.down_proj") is None
+    assert options.for_module("model.layers.1.mlp.down_proj").sparsity == 0.7
+    assert options.for_module("model.layers.1.mlp.down_proj").format == "auto"
+    assert options.for_module("model.layers.1.mlp.up_proj").format == "bitmask"
+    assert options.for_module("model.layers.1.mlp.other") == Options(sparsity=0.5)
