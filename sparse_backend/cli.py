@@ -14,6 +14,7 @@ from rich.table import Table
 
 from . import __version__
 from .errors import OptionError, SparseBackendError
+from .report import human_bytes
 
 app = typer.Typer(
     help="Serve pruned language models smaller and faster: convert, look inside, check the machine, serve.",
@@ -62,10 +63,6 @@ def _rules(values: list[str]) -> tuple[dict[str, Any], ...]:
                 f'--rule {text!r} is not JSON; write for example --rule \'{{"match": "*.down_proj", "sparsity": 0.7}}\''
             ) from None
     return tuple(rules)
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.3f} GB" if count >= 1e6 else f"{count / 1e3:.1f} kB"
 
 
 @app.command("compile")
@@ -122,7 +119,7 @@ def compile_command(
         report = compile_checkpoint(model, target, options, progress)
     table = Table("format", "projections", "before", "after", title=f"{target}", title_justify="left")
     for name, (count, before, after) in report.by_format().items():
-        table.add_row(name, str(count), _gigabytes(before), _gigabytes(after))
+        table.add_row(name, str(count), human_bytes(before), human_bytes(after))
     out.print(table)
     for reason, count in report.dense_reasons().items():
         out.print(f"dense: {count} x {reason}", highlight=False)
@@ -159,7 +156,7 @@ def inspect(
     for row in rows:
         table.add_row(
             row.name, str(row.count), row.shape, f"{row.zeros:.1%}", f"{row.bits_per_weight:.2f}",
-            _gigabytes(row.dense_bytes), _gigabytes(row.packed_bytes),
+            human_bytes(row.dense_bytes), human_bytes(row.packed_bytes),
         )  # fmt: skip
     if info.rows:
         out.print(table)

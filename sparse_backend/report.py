@@ -6,6 +6,15 @@ import collections
 import dataclasses
 
 
+def human_bytes(count: float) -> str:
+    """Bytes in the decimal unit that leaves one to three digits before the point."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
+
+
 @dataclasses.dataclass(frozen=True)
 class Line:
     """One projection."""
@@ -64,8 +73,8 @@ class Report:
         lines = []
         for format, (count, before, after) in self.by_format().items():
             if format != "dense":
-                lines.append(f"{format}: {count} projections, {before / 1e9:.3f} GB -> {after / 1e9:.3f} GB")
+                lines.append(f"{format}: {count} projections, {human_bytes(before)} -> {human_bytes(after)}")
         for reason, count in self.dense_reasons().items():
             lines.append(f"dense: {count} projections: {reason}")
-        lines.append(f"all projections: {self.dense_bytes / 1e9:.3f} GB -> {self.packed_bytes / 1e9:.3f} GB")
+        lines.append(f"all projections: {human_bytes(self.dense_bytes)} -> {human_bytes(self.packed_bytes)}")
         return lines

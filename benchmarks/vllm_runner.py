@@ -1,0 +1,162 @@
+"""Runs vLLM jobs in a process of its own and prints what they gave as JSON.
+
+One process so that its memory can be read and its state cannot leak; the engine core runs
+inside it (VLLM_ENABLE_V1_MULTIPROCESSING=0), which starts in seconds. Used by the engine
+tests, the demo and the benchmarks:
+
+    results = run([{"model": path, "prompts": [...], "max_tokens": 20, "args": {...}}])
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+DEFAULTS = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def run(jobs: list[dict[str, Any]], timeout: float = 900, **environment: str) -> list[dict[str, Any]]:
+    """Results in order: `tokens`, `logprobs`, `rss`, `speed`, ... or `error`; all carry `log`."""
+    with tempfile.TemporaryDirectory() as folder:
+        spec, out = Path(folder) / "jobs.json", Path(folder) / "results.json"
+        spec.write_text(json.dumps(jobs))
+        with (Path(folder) / "log.txt").open("w+") as log:
+            command = [sys.executable, str(Path(__file__).resolve()), str(spec), str(out)]
+            env = {**DEFAULTS, **os.environ, **environment}
+            # Not in the caller's folder: the installed package is what is tested.
+            code = subprocess.run(command, env=env, cwd=folder, stdout=log, stderr=log, timeout=timeout, check=False)
+            log.seek(0)
+            text = log.read()
+        if not out.exists():
+            raise RuntimeError(f"the engine process ended with {code.returncode} before its results:\n{text[-6000:]}")
+        results: list[dict[str, Any]] = json.loads(out.read_text())
+        for result in results:
+            result["log"] = text
+        return results
+
+
+def _resident() -> int:
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _anonymous() -> int:
+    """Resident bytes that are not pages of files: what weights and caches take."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return _resident()
+
+
+def _generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=job.get("logprobs"))
+    prompts = [p if isinstance(p, str) else {"prompt_token_ids": p} for p in job["prompts"]]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    result: dict[str, Any] = {
+        "tokens": [list(o.outputs[0].token_ids) for o in outputs],
+        "text": [o.outputs[0].text for o in outputs],
+    }
+    if job.get("logprobs"):
+        result["logprobs"] = [
+            [{str(t): lp.logprob for t, lp in step.items()} for step in o.outputs[0].logprobs] for o in outputs
+        ]
+    return result
+
+
+def _decode_speed(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Median tokens/s of decoding alone: time of a long run minus that of a short one."""
+    from vllm import SamplingParams
+
+    prompt = {"prompt_token_ids": [i % 500 + 2 for i in range(job["speed"].get("prompt", 16))]}
+    batch = job["speed"].get("batch", 1)
+    long, short = job["speed"]["tokens"], 4
+
+    def seconds(count: int) -> float:
+        start = time.perf_counter()
+        llm.generate([prompt] * batch, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), use_tqdm=False)
+        return time.perf_counter() - start
+
+    seconds(short)
+    rates = sorted(batch * (long - short) / (seconds(long) - seconds(short)) for _ in range(job["speed"]["repeats"]))
+    return {"tokens_per_s": rates[len(rates) // 2], "tokens_per_s_all": rates}
+
+
+def _perplexity(llm: Any, job: dict[str, Any]) -> float:
+    """exp of the mean negative log-likelihood over windows of token ids, each after token 0."""
+    import math
+
+    from vllm import SamplingParams
+
+    windows = [{"prompt_token_ids": w} for w in job["windows"]]
+    outputs = llm.generate(windows, SamplingParams(max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+    total, count = 0.0, 0
+    for window, output in zip(job["windows"], outputs, strict=True):
+        for token, step in zip(window[1:], output.prompt_logprobs[1:], strict=True):
+            total -= step[token].logprob
+            count += 1
+    return math.exp(total / count)
+
+
+def _job(job: dict[str, Any]) -> dict[str, Any]:
+    import gc
+
+    import torch
+    from vllm import LLM
+
+    before = _anonymous()
+    start = time.perf_counter()
+    args = {"dtype": "bfloat16", "max_model_len": 256, "enforce_eager": True, "seed": 0, **job.get("args", {})}
+    llm = LLM(job["model"], **args)
+    result: dict[str, Any] = {"load_s": time.perf_counter() - start}
+    gc.collect()
+    # Before any request: weights, and a KV cache that is reserved but not yet touched.
+    result["memory"] = _anonymous() - before
+    result["threads"] = torch.get_num_threads()
+    if "embed" in job:
+        result["embeddings"] = [o.outputs.embedding for o in llm.embed(job["embed"], use_tqdm=False)]
+    if "prompts" in job:
+        result.update(_generate(llm, job))
+    if "windows" in job:
+        result["perplexity"] = _perplexity(llm, job)
+    if "speed" in job:
+        result.update(_decode_speed(llm, job))
+    return result
+
+
+def main() -> None:
+    spec, out = Path(sys.argv[1]), Path(sys.argv[2])
+    results = []
+    for job in json.loads(spec.read_text()):
+        try:
+            results.append(_job(job))
+        except Exception as error:
+            import traceback
+
+            traceback.print_exc()
+            if not job.get("may_fail"):
+                raise
+            results.append({"error": f"{type(error).__name__}: {error}"})
+    temporary = out.with_suffix(".part")
+    temporary.write_text(json.dumps(results))
+    temporary.rename(out)
+
+
+if __name__ == "__main__":
+    main()
