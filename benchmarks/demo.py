@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -104,7 +105,7 @@ def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
 
 def speed(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     console.print(
-        f"\n[bold]2. Speed: a random Llama, hidden 2560, intermediate 6912, {LAYERS} layers, {SPARSITY:.0%} zeros[/bold]"
+        f"\n[bold]2. Speed: random Llama, hidden 2560, intermediate 6912, {LAYERS} layers, {SPARSITY:.0%} zeros[/bold]"
     )
     save_llama(folder / "llama", demo_config(LAYERS), SPARSITY)
     args = {"skip_tokenizer_init": True, "max_model_len": 512}

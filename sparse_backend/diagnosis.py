@@ -33,7 +33,8 @@ class Check:
     ok: bool = True
 
 
-def _cpu_model() -> str:
+def cpu_model() -> str:
+    """The processor's name."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text().splitlines():
@@ -45,7 +46,7 @@ def _cpu_model() -> str:
 def run() -> Iterator[Check]:
     """All checks, in the order they are shown."""
     memory = psutil.virtual_memory()
-    yield Check("machine", f"{_cpu_model()}, {platform.machine()}, {os.cpu_count()} cores")
+    yield Check("machine", f"{cpu_model()}, {platform.machine()}, {os.cpu_count()} cores")
     yield Check("memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available")
     yield from _library()
     yield from _vllm()

@@ -37,7 +37,8 @@ def save_qwen3_5(folder: Path, sparsity: float = 0.6) -> Path:
     config = Qwen3_5TextConfig(
         hidden_size=128, intermediate_size=320, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, linear_num_key_heads=1, linear_num_value_heads=2, linear_key_head_dim=128,
-        linear_value_head_dim=128, vocab_size=512, max_position_embeddings=256, dtype=torch.bfloat16, bos_token_id=0, eos_token_id=1,
+        linear_value_head_dim=128, vocab_size=512, max_position_embeddings=256, dtype=torch.bfloat16,
+        bos_token_id=0, eos_token_id=1,
     )  # fmt: skip
     model = Qwen3_5ForCausalLM(config).bfloat16()
     prune_(model, sparsity)

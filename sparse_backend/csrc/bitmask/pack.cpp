@@ -166,6 +166,11 @@ const char* parse(const uint8_t* buffer, int64_t bytes, View* view) {
       h.value_type != static_cast<int32_t>(DType::kFp16)) {
     return "packed weight has an unknown value type";
   }
+  // Bounds first: the sums below must not overflow on a header that is garbage.
+  constexpr int64_t kMaxFeatures = int64_t{1} << 31;
+  if (h.out_features > kMaxFeatures || h.in_features > kMaxFeatures || h.nnz > bytes) {
+    return "packed weight's header does not agree with its size";
+  }
   if (h.out_features < 0 || h.in_features < 0 || h.nnz < 0 || h.total_bytes != bytes ||
       h.panels != (h.out_features + kPanelRows - 1) / kPanelRows ||
       h.stream_offset != int64_t{sizeof(Header)} + round_up((h.panels + 1) * 8, 64) ||

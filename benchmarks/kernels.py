@@ -1,0 +1,256 @@
+"""Kernel speeds against peers: `make bench`, or python benchmarks/kernels.py --help.
+
+For each shape, density, batch and thread count: our kernel, F.linear, vLLM's prepacked
+onednn_mm, torch.sparse CSR, and the time the machine's memory needs for the dense bytes. All
+of them take turns in one loop (this may be a shared machine), each rotates over copies of its
+weight that total 8 times the last-level cache, medians are compared. A result that is wrong
+has no speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from shapes import SHAPES
+
+import sparse_backend as sb
+from sparse_backend.kernels import cpu
+
+console = Console(width=max(110, Console().width))
+RESULTS = Path(__file__).parent / "results"
+Call = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Contender:
+    """One way to compute the layer: copies of its weight, and what a call reads."""
+
+    def __init__(self, name: str, calls: list[Call], nbytes: int) -> None:
+        self.name, self.calls, self.nbytes = name, calls, nbytes
+        self.times: list[float] = []
+        self.turn = 0
+        self.problem = ""
+
+    def check(self, x: torch.Tensor, expected: torch.Tensor) -> None:
+        y = self.calls[0](x).double()
+        error = (y - expected).norm() / expected.norm().clamp_min(1e-30)
+        if not bool(torch.isfinite(y).all()) or error > 2e-2:
+            self.problem = f"WRONG ({error:.1e})"
+
+    def once(self, x: torch.Tensor) -> None:
+        call = self.calls[self.turn % len(self.calls)]
+        self.turn += 1
+        start = time.perf_counter()
+        call(x)
+        self.times.append(time.perf_counter() - start)
+
+    @property
+    def seconds(self) -> float:
+        return statistics.median(self.times)
+
+
+def copies(nbytes: int, make: Callable[[], Call]) -> list[Call]:
+    count = max(2, -(-8 * machine.last_level_cache() // max(1, nbytes)))
+    return [make() for _ in range(min(count, 400))]
+
+
+def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
+    n = weight.shape[0]
+    packed = sb.pack(weight)
+    lowered = packed.lower()
+    op = torch.ops.sparse_backend.bitmask_linear
+
+    def ours() -> Call:
+        buffer = packed._format().lower(packed).tensors["packed"]
+        return lambda x: op(x, buffer, None, n)
+
+    def dense() -> Call:
+        w = machine.huge(torch.empty_like(weight)).copy_(weight)
+        return lambda x: F.linear(x, w)
+
+    out = [Contender("bitmask", copies(lowered.nbytes, ours), lowered.nbytes)]
+    out.append(Contender("F.linear", copies(weight.nbytes, dense), weight.nbytes))
+    if not peers:
+        return out
+    try:
+        import vllm._custom_ops as ops
+
+        def onednn() -> Call:
+            handle = ops.create_onednn_mm(weight.t(), 32)
+            return lambda x: ops.onednn_mm(handle, x, None)
+
+        out.append(Contender("onednn_mm", copies(weight.nbytes, onednn), weight.nbytes))
+    except RuntimeError as error:
+        console.print(f"onednn_mm does not run here: {str(error).splitlines()[0][:100]}", highlight=False)
+    csr = weight.float().to_sparse_csr()
+    nbytes = csr.values().nbytes + csr.col_indices().nbytes + csr.crow_indices().nbytes
+
+    def sparse() -> Call:
+        w = csr.clone()
+        return lambda x: (w @ x.float().t()).t().to(x.dtype)
+
+    out.append(Contender("torch.sparse CSR", copies(nbytes, sparse), nbytes))
+    return out
+
+
+def measure(group: list[Contender], x: torch.Tensor, budget_s: float) -> None:
+    for c in group:
+        c.times = []
+        if not c.problem:
+            c.once(x)
+            c.times = []
+    start = time.perf_counter()
+    rounds = 0
+    while rounds < 5 or (time.perf_counter() - start < budget_s and rounds < 200):
+        for c in group:
+            # A slow peer need not be measured to three digits.
+            if not c.problem and (rounds < 5 or sum(c.times) < budget_s):
+                c.once(x)
+        rounds += 1
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    bandwidth = machine.Bandwidth()
+    rows: list[dict[str, Any]] = []
+    for shape_name in args.shapes:
+        n, k = SHAPES[shape_name]
+        for zeros in args.zeros:
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(n, k, generator=generator)
+            weight[torch.rand(n, k, generator=generator) < zeros] = 0
+            weight = weight.bfloat16()
+            group = contenders(weight, not args.no_peers)
+            for batch in args.batch:
+                x = torch.randn(batch, k, generator=generator).bfloat16()
+                expected = x.double() @ weight.double().t()
+                for c in group:
+                    c.problem = ""
+                    c.check(x, expected)
+                for threads in args.threads:
+                    torch.set_num_threads(threads)
+                    probes = [bandwidth.read_once(threads)]
+                    measure(group, x, args.seconds)
+                    probes.append(bandwidth.read_once(threads))
+                    rows += report(shape_name, weight, zeros, batch, threads, group, max(probes))
+    return rows
+
+
+def report(
+    shape: str, weight: torch.Tensor, zeros: float, batch: int, threads: int, group: list[Contender], gbs: float
+) -> list[dict[str, Any]]:
+    n, k = weight.shape
+    limit = weight.nbytes / gbs / 1e9
+    dense = [c.seconds for c in group if c.name in ("F.linear", "onednn_mm") and not c.problem]
+    best_dense = min(dense) if dense else float("nan")
+    table = Table(
+        "", "ms", "GB/s", "bits/weight", "over best dense", "over dense byte limit",
+        title=f"{shape} {n}x{k}, {zeros:.0%} zeros, batch {batch}, {threads} thread(s); memory reads {gbs:.1f} GB/s, "
+        f"dense byte limit {limit * 1e3:.2f} ms", title_justify="left",
+    )  # fmt: skip
+    rows = []
+    for c in group:
+        bits = 8 * c.nbytes / (n * k)
+        if c.problem:
+            table.add_row(c.name, c.problem, "", f"{bits:.2f}", "", "")
+            continue
+        row = {
+            "shape": shape, "n": n, "k": k, "zeros": zeros, "batch": batch, "threads": threads, "kernel": c.name,
+            "ms": c.seconds * 1e3, "gb_per_s": c.nbytes / c.seconds / 1e9, "bits_per_weight": bits,
+            "over_best_dense": best_dense / c.seconds, "over_dense_byte_limit": limit / c.seconds,
+            "read_gb_per_s": gbs, "runs": len(c.times),
+        }  # fmt: skip
+        rows.append(row)
+        table.add_row(
+            c.name, f"{row['ms']:.3f}", f"{row['gb_per_s']:.1f}", f"{bits:.2f}",
+            f"{row['over_best_dense']:.2f}", f"{row['over_dense_byte_limit']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    return rows
+
+
+def overhead() -> dict[str, float]:
+    """Microseconds per call of a 64x64 layer: the plugin's own cost beside F.linear's."""
+    weight = torch.randn(64, 64).masked_fill_(torch.rand(64, 64) < 0.5, 0).bfloat16()
+    layer = sb.SparseLinear(sb.pack(weight).lower())
+    (buffer,) = layer.machine_weight().tensors.values()
+    op, x = cpu.ops().bitmask_linear.default, torch.randn(1, 64).bfloat16()
+    calls: dict[str, Callable[[], object]] = {
+        "F.linear": lambda: F.linear(x, weight),
+        "bitmask op (as the engines call it)": lambda: op(x, buffer, None, 64),
+        "SparseLinear": lambda: layer(x),
+    }
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(60):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            for _ in range(200):
+                call()
+            times[name].append((time.perf_counter() - start) / 200 * 1e6)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def packing() -> dict[str, float]:
+    weight = torch.randn(17408, 5120).masked_fill_(torch.rand(17408, 5120) < 0.5, 0).bfloat16()
+    times: dict[str, list[float]] = {"pack": [], "lower": [], "unpack": []}
+    for _ in range(3):
+        start = time.perf_counter()
+        packed = sb.pack(weight)
+        times["pack"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        packed.lower()
+        times["lower"].append(time.perf_counter() - start)
+        start = time.perf_counter()
+        dense = packed.unpack()
+        times["unpack"].append(time.perf_counter() - start)
+        assert torch.equal(dense, weight)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(SHAPES)
+    parser.add_argument("--shapes", nargs="+", choices=names, default=names[:2], metavar="NAME", help=", ".join(names))
+    parser.add_argument("--zeros", nargs="+", type=float, default=[0.5, 0.7, 0.9], help="shares of zeros")
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per measurement and contender")
+    parser.add_argument("--no-peers", action="store_true", help="only F.linear beside our kernel")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.csv and NAME.json")
+    args = parser.parse_args()
+    about = machine.describe()
+    cpu.library()
+    console.print_json(json.dumps(about))
+    torch.set_num_threads(max(args.threads))
+    rows = run(args)
+    torch.set_num_threads(max(args.threads))
+    small, speed = overhead(), packing()
+    for name, value in small.items():
+        console.print(f"64x64, batch 1: {name}: {value:.2f} us per call", highlight=False)
+    for name, value in speed.items():
+        console.print(f"{name} 17408x5120 (89M weights): {value:.2f} s", highlight=False)
+    if args.save and rows:
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / f"{args.save}.csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+        data = {"date": datetime.date.today().isoformat(), "machine": about, "call_us": small, "packing_s": speed}
+        (RESULTS / f"{args.save}.json").write_text(json.dumps(data, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

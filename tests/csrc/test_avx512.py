@@ -1,0 +1,73 @@
+"""The AVX-512 kernels on machines that lack them: logic under emulation, and the assembly."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+from conftest import ROOT
+
+CSRC = ROOT / "sparse_backend" / "csrc"
+AVX2 = ["-mavx2", "-mfma", "-mf16c", "-mpopcnt"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vbmi2"]
+
+
+def compile_file(source, output, *flags):
+    command = ["g++", "-std=c++17", "-w", *flags, f"-I{CSRC}", "-c", str(source), "-o", str(output)]
+    subprocess.run(command, check=True)
+    return output
+
+
+def test_logic_under_emulation(tmp_path):
+    emulate = ["-DSPARSE_BACKEND_EMULATE_AVX512", f"-I{ROOT / 'tests' / 'csrc' / 'emulation'}"]
+    objects = [
+        compile_file(CSRC / "bitmask" / f"{name}.cpp", tmp_path / f"{name}.o", "-O1", "-mf16c", "-mfma", *emulate)
+        for name in ("avx512", "avx512_bf16")
+    ]
+    objects += [compile_file(CSRC / "bitmask" / f"{n}.cpp", tmp_path / f"{n}.o", "-O2") for n in ("scalar", "pack")]
+    objects += [compile_file(CSRC / "bitmask" / "linear.cpp", tmp_path / "linear.o", "-O2")]
+    objects += [compile_file(CSRC / "bitmask" / "avx2.cpp", tmp_path / "avx2.o", "-O0", *AVX2)]
+    objects += [compile_file(CSRC / "cpu_features.cpp", tmp_path / "features.o", "-O2")]
+    objects += [compile_file(ROOT / "tests" / "csrc" / "kernels_test.cpp", tmp_path / "test.o", "-O2", emulate[0])]
+    binary = tmp_path / "kernels_test"
+    subprocess.run(["g++", *map(str, objects), "-o", str(binary), "-pthread"], check=True)
+    result = subprocess.run([str(binary)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout
+    assert result.stdout.strip() == "0 failures"
+
+
+def disassemble(path):
+    return subprocess.run(
+        ["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+
+
+@pytest.mark.parametrize(("name", "flags"), [("avx512", AVX512), ("avx512_bf16", [*AVX512, "-mavx512bf16"])])
+def test_every_expand_has_its_destination_zeroed_right_before(tmp_path, name, flags):
+    lines = disassemble(compile_file(CSRC / "bitmask" / f"{name}.cpp", tmp_path / "k.o", "-O3", *flags))
+    expands = [i for i, line in enumerate(lines) if "vpexpandw" in line]
+    assert len(expands) > 20
+    for i in expands:
+        register = re.search(r"vpexpandw %zmm\d+,%zmm(\d+)\{%k[1-7]\}\{z\}", lines[i])
+        assert register, lines[i]  # register form: the memory form is microcoded on some chips
+        zero = f"%zmm{register[1]},%zmm{register[1]},%zmm{register[1]}"
+        assert "vpxor" in lines[i - 1]
+        assert zero in lines[i - 1].replace(" ", "")
+
+
+@pytest.mark.parametrize("name", ["bitmask/pack", "bitmask/linear", "bitmask/scalar", "cpu_features", "huge_pages"])
+def test_files_for_every_machine_use_no_avx(tmp_path, name):
+    lines = disassemble(compile_file(CSRC / f"{name}.cpp", tmp_path / "k.o", "-O3"))
+    assert not [line for line in lines if re.search(r"%[yz]mm|\tv[a-z]", line)]
+
+
+def test_files_for_one_level_export_nothing_but_their_kernels(tmp_path):
+    """An inline function compiled for AVX-512 must never be merged with another file's copy."""
+    for name, flags in (("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", [*AVX512, "-mavx512bf16"])):
+        path = compile_file(CSRC / "bitmask" / f"{name}.cpp", tmp_path / f"{name}.o", "-O3", *flags)
+        symbols = subprocess.run(
+            ["nm", "-C", "--defined-only", "-g", str(path)], capture_output=True, text=True, check=True
+        )
+        names = [line.split(maxsplit=2)[2] for line in symbols.stdout.splitlines()]
+        assert all("_kernels(" in n for n in names), names
