@@ -74,7 +74,7 @@ void gemv_rows(const UnitArgs& args, int panel) {
     Chunk<Simd> chunk;
     stream = chunk.read(stream);
     if (kFirst == 0) chunk.prefetch();
-#pragma GCC unroll 4
+#pragma GCC unroll 8
     for (int b = 0; b < kBlocks; ++b) {
       typename Simd::Operand weight[kRows][Simd::kParts];
 #pragma GCC unroll 4
@@ -134,7 +134,7 @@ const uint8_t* decode_panel(const uint8_t* stream, int64_t chunks, typename Simd
     chunk.prefetch();
     for (int r = 0; r < kPanelRows; ++r) {
       typename Simd::Element* row = out + r * kGemmColumns + c * kChunk;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
       for (int b = 0; b < kChunk / Simd::kBlock; ++b) {
         typename Simd::Operand weight[Simd::kParts];
         Simd::decode(chunk.masks, r, b, chunk.values[r], weight);
