@@ -6,7 +6,7 @@ import ctypes
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -117,18 +117,45 @@ def prune_stream(
         yield name, tensor
 
 
+class LayerKernel:
+    """The op of one engine layer and the names of the parameters it reads."""
+
+    def __init__(self, layer: torch.nn.Module, machine: MachineWeight) -> None:
+        """Replace the layer's dense weight by the machine form's tensors."""
+        del layer.weight
+        for name, tensor in machine.tensors.items():
+            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+        self.names = tuple(machine.tensors)
+        self.op = registry.kernel(machine.format).function()
+        self.out_features = machine.shape[0]
+
+    def __call__(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """y [..., N] = x [..., K] W^T + bias."""
+        y: torch.Tensor = self.op(x, *[getattr(layer, name) for name in self.names], bias, self.out_features)
+        return y
+
+
 @dataclasses.dataclass
 class Loading:
     """Packs a model's projections and sums up what happened; one per model load."""
 
     report: Report = dataclasses.field(default_factory=Report)
 
-    def convert(self, prefix: str, weight: torch.Tensor, options: Options) -> MachineWeight | None:
-        """The machine form of a projection, or None if it stays dense.
+    def convert(self, layer: torch.nn.Module, prefix: str, options: Options | None) -> LayerKernel | None:
+        """Pack the weight of an engine's layer in place; None if it stays dense.
+
+        Args:
+            layer: has `weight` [N, K], whole and of this rank.
+            prefix: the engine's name of the layer.
+            options: of this layer, None if it is ignored.
 
         Raises:
             WeightError: naming the module, for NaN or Inf.
         """
+        weight = cast(torch.Tensor, layer.weight).data
+        if options is None:
+            self.report.add_dense(prefix, weight.nbytes, IGNORED)
+            return None
         packed, reason = convert.pack_weight(prefix, weight, options)
         if packed is None:
             self.report.add_dense(prefix, weight.nbytes, reason)
@@ -136,7 +163,7 @@ class Loading:
         registry.select(packed.format, weight.device.type, packed.dtype)
         machine = packed.lower()
         self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
-        return machine
+        return LayerKernel(layer, machine)
 
     def finish(self, options: Options, log: Callable[[str], Any]) -> None:
         """Log the summary and give freed memory back to the system.

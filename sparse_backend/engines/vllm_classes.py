@@ -12,7 +12,7 @@ a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from typing import Any, cast
 
 import torch
@@ -31,7 +31,6 @@ from vllm.model_executor.parameter import ModelWeightParameter
 
 from .. import __version__
 from ..compiler import checkpoint
-from ..kernels import registry
 from ..options import QUANT_METHOD, Options
 from . import common
 
@@ -102,9 +101,7 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.prefix = prefix
         self.options = options
         self.dense = UnquantizedLinearMethod()
-        self.op: Callable[..., torch.Tensor] | None = None
-        self.tensor_names: tuple[str, ...] = ()
-        self.out_features = 0
+        self.kernel: common.LayerKernel | None = None
 
     def create_weights(
         self,
@@ -129,27 +126,15 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         setattr(layer, "_already_called_process_weights_after_loading", True)  # noqa: B010 - vLLM's own mark
-        weight = cast(torch.Tensor, layer.weight).data
-        machine = None
-        if self.options is None:
-            self.loading.report.add_dense(self.prefix, weight.nbytes, common.IGNORED)
-        else:
-            machine = self.loading.convert(self.prefix, weight, self.options)
-        if machine is None:
+        self.kernel = self.loading.convert(layer, self.prefix, self.options)
+        if self.kernel is None:
             self.dense.process_weights_after_loading(layer)
-            return
-        del layer.weight
-        self.out_features = machine.shape[0]
-        for name, tensor in machine.tensors.items():
-            layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
-        self.tensor_names = tuple(machine.tensors)
-        self.op = registry.kernel(machine.format).function()
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.op is None:
-            y: torch.Tensor = self.dense.apply(layer, x, bias)
-            return y
-        return self.op(x, *[getattr(layer, name) for name in self.tensor_names], bias, self.out_features)
+        if self.kernel is not None:
+            return self.kernel(layer, x, bias)
+        y: torch.Tensor = self.dense.apply(layer, x, bias)
+        return y
 
 
 class SparseCompiledModelLoader(DefaultModelLoader):  # type: ignore[misc]

@@ -1,0 +1,106 @@
+"""Decode speed, load time and memory through vLLM: python benchmarks/engine.py --help.
+
+Plain vLLM bf16 against the same checkpoint with --quantization sparse-compiled, each in a
+process of its own, taking turns, with the same compute threads. The tokens are compared
+first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import machine
+from random_models import demo_config, save_llama
+from rich.console import Console
+from rich.table import Table
+from vllm_runner import run
+
+RESULTS = Path(__file__).parent / "results"
+FLAG = {"quantization": "sparse-compiled"}
+console = Console(width=110)
+
+
+def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for zeros in args.zeros:
+        model = folder / f"llama-{zeros}"
+        linear_bytes = save_llama(model, demo_config(args.layers), zeros)
+        engine = {"skip_tokenizer_init": True, "max_model_len": 512, "enforce_eager": not args.inductor}
+        for batch in args.batch:
+            job = {"model": str(model), "prompts": [[5, 6, 7, 8]], "max_tokens": 24, "logprobs": 5}
+            job["speed"] = {"tokens": args.tokens, "repeats": args.repeats, "batch": batch}
+            results: dict[str, list[dict[str, Any]]] = {"vLLM bf16": [], "sparse-compiled": []}
+            for _ in range(args.rounds):
+                for name, extra in (("vLLM bf16", {}), ("sparse-compiled", FLAG)):
+                    results[name].append(run([{**job, "args": {**engine, **extra}}])[0])
+            dense, sparse = (r[0]["tokens"][0] for r in results.values())
+            speeds = {name: [v for r in rs for v in r["tokens_per_s_all"]] for name, rs in results.items()}
+            for name, rs in results.items():
+                rows.append(
+                    {
+                        "zeros": zeros, "batch": batch, "engine": name, "layers": args.layers,
+                        "linear_gb": linear_bytes / 1e9, "packed_gb": linear_bytes * (1 - zeros + 1 / 16) / 1e9,
+                        "threads": rs[0]["threads"], "tokens_per_s": statistics.median(speeds[name]),
+                        "over_vllm_bf16": statistics.median(speeds[name]) / statistics.median(speeds["vLLM bf16"]),
+                        "memory_gb": min(r["memory"] for r in rs) / 1e9, "load_s": min(r["load_s"] for r in rs),
+                        "tokens_in_common": sum(a == b for a, b in zip(dense, sparse, strict=True)),
+                    }
+                )  # fmt: skip
+            show(rows[-2:])
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    dense, sparse = rows
+    saved, possible = dense["memory_gb"] - sparse["memory_gb"], sparse["linear_gb"] - sparse["packed_gb"]
+    table = Table(
+        "engine", "tokens/s", "ratio", "memory, GB", "load, s", title_justify="left",
+        title=f"{dense['zeros']:.0%} zeros, batch {dense['batch']}, {dense['threads']} threads",
+    )  # fmt: skip
+    for r in rows:
+        table.add_row(
+            r["engine"], f"{r['tokens_per_s']:.1f}", f"{r['over_vllm_bf16']:.2f}", f"{r['memory_gb']:.3f}",
+            f"{r['load_s']:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"memory saved: {saved:.3f} GB of {possible:.3f} GB possible ({saved / possible:.0%}); "
+        f"{sparse['tokens_in_common']} of 24 greedy tokens equal (random weights: ties are common)",
+        highlight=False,
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--zeros", nargs="+", type=float, default=[0.7])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--layers", type=int, default=12, help="12 layers are 836M parameters")
+    parser.add_argument("--tokens", type=int, default=28)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2, help="processes of each kind, taking turns")
+    parser.add_argument("--inductor", action="store_true", help="with torch.compile; eager otherwise")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.csv and NAME.json")
+    args = parser.parse_args()
+    about = machine.describe()
+    console.print_json(json.dumps(about))
+    with tempfile.TemporaryDirectory(prefix="sparse-backend-bench-") as folder:
+        rows = measure(args, Path(folder))
+    if args.save:
+        RESULTS.mkdir(exist_ok=True)
+        with (RESULTS / f"{args.save}.csv").open("w", newline="") as f:
+            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+        (RESULTS / f"{args.save}.json").write_text(json.dumps(about, indent=2) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
