@@ -3,25 +3,32 @@ PYTHON ?= python3
 VENVS  ?= .venv
 VLLM   := $(VENVS)/vllm/bin
 
-.PHONY: help env-vllm demo test test-quick test-asan bench lint format clean
+SGLANG := $(VENVS)/sglang/bin
+
+.PHONY: help env-vllm env-sglang demo test test-quick test-asan bench lint format clean
 
 help:
 	@echo "make demo        serve a pruned model dense and compiled; ends in a table (6 minutes)"
-	@echo "make test        all tests, with the real vLLM (12 minutes)"
+	@echo "make test        all tests, with the real vLLM and SGLang (12 minutes)"
 	@echo "make test-quick  the tests that start no engine (2 minutes)"
 	@echo "make test-asan   the C++ under AddressSanitizer and UBSan"
 	@echo "make bench       kernel speeds against peers, into benchmarks/results"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make env-vllm    only create $(VENVS)/vllm; VENVS=DIR keeps it elsewhere"
+	@echo "make env-sglang  also create $(VENVS)/sglang (11 GB)"
 
 env-vllm:
 	@$(PYTHON) tools/make_env.py vllm $(VENVS)/vllm
 
+# After env-vllm: both install the one wheel that the first of them builds.
+env-sglang: env-vllm
+	@$(PYTHON) tools/make_env.py sglang $(VENVS)/sglang
+
 demo: env-vllm
 	@$(VLLM)/python benchmarks/demo.py
 
-test: env-vllm
-	@$(VLLM)/python -m pytest
+test: env-vllm env-sglang
+	@SPARSE_BACKEND_TEST_SGLANG=$(abspath $(SGLANG)/python) $(VLLM)/python -m pytest
 
 test-quick: env-vllm
 	@$(VLLM)/python -m pytest --ignore=tests/engines

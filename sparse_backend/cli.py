@@ -186,7 +186,7 @@ def doctor() -> None:
 def serve(
     context: typer.Context,
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name, plain or compiled.", show_default=False)],
-    engine: Annotated[str, typer.Option(help="Engine to run: vllm.")] = "vllm",
+    engine: Annotated[str, typer.Option(help="Engine to run: vllm or sglang (of this environment).")] = "vllm",
     show: Annotated[
         bool, typer.Option("--show", help="Print the command and environment instead of running it.")
     ] = False,

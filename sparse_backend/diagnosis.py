@@ -50,6 +50,7 @@ def run() -> Iterator[Check]:
     yield Check("memory", f"{memory.total / 2**30:.1f} GiB, {memory.available / 2**30:.1f} GiB available")
     yield from _library()
     yield from _vllm()
+    yield from _sglang()
 
 
 def _library() -> Iterator[Check]:
@@ -100,3 +101,24 @@ def _vllm() -> Iterator[Check]:
     else:
         last = (result.stderr.strip().splitlines() or ["vLLM did not list it"])[-1]
         yield Check("vLLM plugin", f"not registered: {last}", False)
+
+
+def _sglang() -> Iterator[Check]:
+    try:
+        version = importlib.metadata.version("sglang")
+    except importlib.metadata.PackageNotFoundError:
+        yield Check("SGLang", "not installed in this environment")
+        return
+    yield Check("SGLang", f"sglang {version}")
+    if "sparse_backend" not in importlib.metadata.entry_points(group="sglang.srt.plugins").names:
+        yield Check(
+            "SGLang plugin", "its entry point is not installed: run pip install . in the project's folder", False
+        )
+        return
+    allowed = os.environ.get("SGLANG_PLUGINS")
+    if allowed and "sparse_backend" not in allowed.split(","):
+        yield Check("SGLang plugin", f"SGLANG_PLUGINS={allowed} leaves it out: add sparse_backend or unset it", False)
+        return
+    yield Check(
+        "SGLang plugin", f"installed: --quantization {QUANT_METHOD}, SGLANG_PLATFORM=sparse_cpu without GPU and AMX"
+    )

