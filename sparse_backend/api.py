@@ -34,13 +34,18 @@ def pack(weight: torch.Tensor, format: str = "bitmask", values: str | None = Non
     if weight.dim() != 2:
         raise WeightError(f"a weight has two dimensions [N, K], got shape {tuple(weight.shape)}")
     if values is not None:
-        converted = weight.to(VALUE_DTYPES[values])
-        if torch.isinf(converted).any() and not torch.isinf(weight).any():
-            raise WeightError(f"values {values} cannot hold this weight: some magnitudes overflow to Inf")
-        weight = converted
+        weight = convert_values(weight, values)
     elif weight.dtype == torch.float32:
         raise WeightError("a float32 weight would be rounded: say values='bf16' or values='fp16'")
     return get_format(format).pack(weight.detach())
+
+
+def convert_values(weight: torch.Tensor, values: str) -> torch.Tensor:
+    """The weight in the dtype called `values`; WeightError if a magnitude overflows there."""
+    converted = weight.to(VALUE_DTYPES[values])
+    if torch.isinf(converted).any() and not torch.isinf(weight).any():
+        raise WeightError(f"values {values} cannot hold this weight: some magnitudes overflow to Inf")
+    return converted
 
 
 def linear(x: torch.Tensor, weight: PackedWeight | MachineWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -86,12 +91,15 @@ class SparseLinear(torch.nn.Module):
             WeightError: as `pack`.
         """
         weight = module.weight.detach()
+        if values is not None:
+            Options(values=values)
+            weight = convert_values(weight, values)
         if format == "auto":
             decision = plan.choose(weight, Options())
             if decision.format == "dense":
                 raise OptionError(f"format auto keeps this weight dense ({decision.reason}); name a format to force it")
             format = decision.format
-        return cls(pack(weight, format, values).lower(), module.bias)
+        return cls(pack(weight, format).lower(), module.bias)
 
     def machine_weight(self) -> MachineWeight:
         """The machine form this layer runs on."""

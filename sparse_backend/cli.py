@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
@@ -117,15 +118,15 @@ def compile_command(
             bar.update(task, completed=done, total=total, description=name[-40:])
 
         report = compile_checkpoint(model, target, options, progress)
-    table = Table("format", "projections", "before", "after", title=f"{target}", title_justify="left")
+    table = Table("format", "projections", "before", "after", title=escape(str(target)), title_justify="left")
     for name, (count, before, after) in report.by_format().items():
         table.add_row(name, str(count), human_bytes(before), human_bytes(after))
     out.print(table)
     for reason, count in report.dense_reasons().items():
         out.print(f"dense: {count} x {reason}", highlight=False)
-    if sparsity:
+    if sparsity or any(r.get("sparsity") for r in options.rules):
         out.print("Pruned: this model differs from the original; check its quality before serving it.", highlight=False)
-    out.print(f"Serve it: sparse-backend serve {target}", highlight=False)
+    out.print(f"Serve it: sparse-backend serve {target}", highlight=False, markup=False)
 
 
 @app.command()

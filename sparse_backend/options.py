@@ -94,7 +94,7 @@ class Options:
     def __post_init__(self) -> None:
         for key, allowed in CHOICES.items():
             value = getattr(self, key)
-            if value not in allowed or isinstance(value, bool):
+            if isinstance(value, (bool, list, dict)) or value not in allowed:
                 raise OptionError(f"option '{key}' = {value!r} is not available; allowed: {_show(allowed)}")
         if self.sparsity is not None:
             if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
@@ -127,9 +127,14 @@ class Options:
             if key in _NOT_IN_RULES:
                 raise OptionError(f"option 'rules': '{key}' cannot be set per module")
         _check_keys(overrides, "rules: ")
-        self._override(overrides)
+        try:
+            self._override(overrides)
+        except OptionError as error:
+            raise OptionError(f"option 'rules', match {rule['match']!r}: {error}") from None
 
     def _override(self, overrides: Mapping[str, Any]) -> Options:
+        if overrides.get("format") == "dense":
+            overrides = {"sparsity": None, **overrides}  # a module left dense is not pruned
         return dataclasses.replace(self, **{**overrides, "rules": (), "ignore": ()})
 
     @classmethod

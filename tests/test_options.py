@@ -10,6 +10,8 @@ from sparse_backend import OptionError, Options
     [
         ({"fromat": "auto"}, "unknown option 'fromat'; did you mean 'format'"),
         ({"format": "ternary"}, "'format' = 'ternary' is not available; allowed: auto, dense, bitmask"),
+        ({"format": ["auto"]}, "'format'"),
+        ({"rules": [{"match": "a*", "format": "dense", "sparsity": 0.5}]}, "match 'a[*]': options"),
         ({"values": "int8"}, "allowed: null, bf16, fp16"),
         ({"bits": 2}, "option 'bits' = 2 is not available; allowed: null"),
         ({"method": "wanda"}, "allowed: magnitude"),
@@ -62,3 +64,9 @@ def test_first_matching_rule_wins_and_ignore_beats_rules():
     assert options.for_module("model.layers.1.mlp.down_proj").format == "auto"
     assert options.for_module("model.layers.1.mlp.up_proj").format == "bitmask"
     assert options.for_module("model.layers.1.mlp.other") == Options(sparsity=0.5)
+
+
+def test_a_module_left_dense_by_a_rule_is_not_pruned():
+    options = Options(sparsity=0.5, rules=({"match": "*.o_proj", "format": "dense"},))
+    assert options.for_module("a.o_proj").sparsity is None
+    assert options.for_module("a.q_proj").sparsity == 0.5

@@ -27,6 +27,7 @@ METADATA_KEY = "sparse_backend"
 FORMAT_VERSION = 1
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+INDEX = "model.safetensors.index.json"
 RECOMPILE = "compile the original checkpoint again"
 
 
@@ -122,32 +123,47 @@ def read(folder: str | Path) -> Checkpoint:
     """
     folder = Path(folder)
     config = read_config(folder)
-    files = tuple(sorted(folder.glob("*.safetensors")))
+    index = _read_index(folder)
+    names = set(index.values()) if index else {p.name for p in folder.glob("*.safetensors") if not _is_copy(p.name)}
+    files = tuple(folder / name for name in sorted(names))
     if not files:
         raise CheckpointError(f"{folder}: has no .safetensors files; save the model with safe_serialization=True")
     modules: dict[str, ModuleEntry] = {}
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in files:
         shard, entries = _read_shard(path)
+        twice = sorted(shard.keys() & tensors.keys())
+        if twice:
+            raise CheckpointError(f"{path}: holds {twice[0]}, which another shard holds too; remove the stale file")
         tensors.update(shard)
         modules.update(entries)
-    _check_index(folder, tensors)
+    missing = [name for name in index if name not in tensors]
+    if missing:
+        text = f"lists {missing[0]} (and {len(missing) - 1} more) that no shard holds; a shard is missing"
+        raise CheckpointError(f"{folder / INDEX}: {text}")
     return Checkpoint(folder, files, config, modules, tensors)
 
 
-def _check_index(folder: Path, tensors: Mapping[str, Any]) -> None:
-    path = folder / "model.safetensors.index.json"
+def _is_copy(name: str) -> bool:
+    """Whether a file holds the same weights under other names, or only changes to them."""
+    return name.startswith(("consolidated", "adapter_"))
+
+
+def _read_index(folder: Path) -> dict[str, str]:
+    """The index's tensor name -> file name; empty without an index."""
+    path = folder / INDEX
     if not path.is_file():
-        return
+        return {}
     try:
         names = json.loads(path.read_text())["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+        if not all(isinstance(v, str) for v in names.values()):
+            raise ValueError("a file name is no string")
+    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
         raise CheckpointError(f"{path}: cannot be read as an index: {error}") from None
-    missing = [name for name in names if name not in tensors]
-    if missing:
-        raise CheckpointError(
-            f"{path}: lists {missing[0]} (and {len(missing) - 1} more) that no shard holds; a shard is missing"
-        )
+    absent = sorted({file for file in names.values() if not (folder / file).is_file()})
+    if absent:
+        raise CheckpointError(f"{path}: names {absent[0]}, which is not there; a shard is missing")
+    return dict(names)
 
 
 def _read_shard(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dict[str, ModuleEntry]]:
@@ -217,6 +233,8 @@ def expand(
         module, _, rest = full_name.rpartition(".")
         module, _, format_name = module.rpartition(".")
         entry = modules.get(module)
+        if entry is None and format_name in FORMATS:
+            raise CheckpointError(f"{full_name}: a compiled tensor without metadata; {RECOMPILE}")
         if entry is None or entry.format != format_name:
             yield full_name, tensor
             continue

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..api import VALUE_DTYPES, pack
+from ..api import convert_values, pack
 from ..errors import CheckpointError, OptionError, WeightError
 from ..options import Options
 from ..packed import PackedWeight
@@ -25,12 +26,16 @@ from .checkpoint import ModuleEntry
 # Modules with a 2-D weight that are no linear projection, or that decide rather than
 # project: look-ups, output heads, classifiers, routers. Compared with whole name parts.
 _NOT_PROJECTIONS = re.compile(
-    r"(^|\.)(embed\w*|\w*embeddings?|wte|wpe|shared|lm_head|score|classifier|pooler|router|gate|"
-    r"shared_expert_gate|relative_attention_bias)(\.|$)"
+    r"(^|\.)(embed\w*|\w*embed|\w*embedding(s|_table)?|wte|wpe|shared|lm_head|output_layer|score|classifier|pooler|"
+    r"router|gate|shared_expert_gate|relative_attention_bias)(\.|$)|(^|\.)output$"
 )
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 
 MAX_SHARD_BYTES = 1 << 30
+
+IGNORED = "in 'ignore'"
+# Anything else is quantised codes or not a weight.
+PRUNABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def why_not_projection(module: str) -> str | None:
@@ -62,12 +67,12 @@ def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[Pa
     Raises:
         WeightError: naming the module.
     """
-    if options.values is not None:
-        weight = weight.to(VALUE_DTYPES[options.values])
-    decision = plan.choose(weight, options)
-    if decision.format == "dense":
-        return None, decision.reason
     try:
+        if options.values is not None:
+            weight = convert_values(weight, options.values)
+        decision = plan.choose(weight, options)
+        if decision.format == "dense":
+            return None, decision.reason
         return pack(weight, decision.format), decision.reason
     except WeightError as error:
         raise WeightError(f"{module}: {error}; fix the checkpoint or add the module to 'ignore'") from None
@@ -134,6 +139,7 @@ class _Writer:
 _DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
 }  # fmt: skip
 
@@ -155,7 +161,10 @@ def _copy_other_files(source: Path, target: Path) -> None:
         if entry.name.endswith((*checkpoint.WEIGHT_SUFFIXES, ".index.json")):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, target / entry.name)
+            # A folder's safetensors may be part of the model (sentence-transformers' 2_Dense);
+            # other weight files there are copies of it in another format.
+            others = (f"*{s}" for s in checkpoint.WEIGHT_SUFFIXES if s != ".safetensors")
+            shutil.copytree(entry, target / entry.name, ignore=shutil.ignore_patterns(*others))
         else:
             shutil.copyfile(entry, target / entry.name)
 
@@ -189,8 +198,9 @@ def compile_checkpoint(
     """
     source, target = Path(source), Path(target)
     info = checkpoint.read(source)
-    method = (info.config.get("quantization_config") or {}).get("quant_method")
-    if method is not None:
+    quantization = info.config.get("quantization_config")
+    if quantization is not None:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(f"{source}: is already quantised ({method}); compile the original checkpoint")
     if target.exists():
         raise CheckpointError(f"{target}: exists already; remove it or choose another name")
@@ -199,9 +209,13 @@ def compile_checkpoint(
         for n, (_, shape) in info.tensors.items()
     ):
         raise CheckpointError(f"{source}: has no linear projection to convert (no 2-D '<module>.weight' tensor)")
-    work = target.with_name(f".{target.name}.incomplete-{os.getpid()}")
     try:
-        work.mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
+        work.chmod(0o755)
+    except OSError as error:
+        raise CheckpointError(f"{target}: cannot be written: {error}") from None
+    try:
         report = _convert(info, work, options, progress, max_shard_bytes)
         _copy_other_files(source, work)
         _write_json(work / "config.json", {**info.config, "quantization_config": options.to_dict()})
@@ -247,7 +261,9 @@ def _convert_tensor(name: str, tensor: torch.Tensor, options: Options, writer: _
     reason = why_not_projection(module)
     module_options = options.for_module(module)
     if reason is None and module_options is None:
-        reason = "in 'ignore'"
+        reason = IGNORED
+    if reason is None and tensor.dtype not in PRUNABLE_DTYPES:
+        reason = f"{str(tensor.dtype).removeprefix('torch.')} weights are left as they are"
     packed = None
     if reason is None and module_options is not None:
         tensor = prune_weight(module, tensor, module_options)

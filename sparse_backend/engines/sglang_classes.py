@@ -7,9 +7,10 @@ model's weights are loaded, one at a time.
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from sglang.srt.layers.linear import LinearBase
@@ -19,7 +20,6 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import add_quantization_method_choices
 
-from ..compiler import checkpoint
 from ..options import QUANT_METHOD, Options
 from . import common
 
@@ -30,7 +30,7 @@ _MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_pr
 _LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
 
 
-class SparseCompiledConfig(QuantizationConfig):  # type: ignore[misc]
+class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: ignore[misc]
     """Options and what loading found; one per model."""
 
     def __init__(self, options: Options | None = None) -> None:
@@ -39,25 +39,13 @@ class SparseCompiledConfig(QuantizationConfig):  # type: ignore[misc]
         self.names = common.Names()
         self.loading = common.Loading()
 
-    def get_name(self) -> str:
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseCompiledConfig:
         # SGLang adds two keys of its own to the checkpoint's.
         own = {k: v for k, v in config.items() if k not in ("packed_modules_mapping", "hf_config")}
-        return cls(Options.from_dict(own))
+        result = cls(Options.from_dict(own))
+        result.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
+        return result
 
     def get_scaled_act_names(self) -> list[str]:
         return []
@@ -66,25 +54,31 @@ class SparseCompiledConfig(QuantizationConfig):  # type: ignore[misc]
         if not isinstance(layer, LinearBase):
             return None
         self.names.merged = {**_MERGED, **self.packed_modules_mapping}
-        return SparseCompiledLinearMethod(self, prefix, common.options_for(self.options, self.names, prefix))
+        return SparseCompiledLinearMethod(self, prefix, *common.options_for(self.options, self.names, prefix))
 
 
 class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     """One projection: loaded dense by SGLang's own code, packed when it is whole."""
 
-    def __init__(self, config: SparseCompiledConfig, prefix: str, options: Options | None) -> None:
+    def __init__(self, config: SparseCompiledConfig, prefix: str, options: Options | None, reason: str) -> None:
         super().__init__()
         self.config = config
         self.prefix = prefix
         self.options = options
+        self.reason = reason
         self.done = False
         self.kernel: common.LayerKernel | None = None
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().create_weights(layer, *args, **kwargs)
+        # What the checkpoint lacks stays NaN and is refused; SGLang itself would not notice.
+        cast(torch.Tensor, layer.weight).data.fill_(float("nan"))
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.done:
             return
         self.done = True
-        self.kernel = self.config.loading.convert(layer, self.prefix, self.options)
+        self.kernel = self.config.loading.convert(layer, self.prefix, self.options, self.reason)
         if self.kernel is None:
             super().process_weights_after_loading(layer)
 
@@ -111,11 +105,14 @@ def _all_weights(
     config = _config_of(model)
     if config is None:
         return weights
-    info = common.read_checkpoint(model_config.model_path)
+    weights = iter(weights)
+    first = next(weights, None)  # by now a model from the hub has been downloaded
+    info = common.read_checkpoint(model_config.model_path, model_config.revision)
     modules = {} if info is None else info.modules
     if info is not None and modules:
         common.check_compile_time_keys(config.options, info)
-    return common.prune_stream(checkpoint.expand(weights, modules), config.options, modules)
+    stream = itertools.chain([] if first is None else [first], weights)
+    return config.loading.weights(stream, modules, config.options)
 
 
 def _load_model(original: Callable[..., torch.nn.Module], *args: Any, **kwargs: Any) -> torch.nn.Module:

@@ -12,6 +12,7 @@ a time.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Generator
 from typing import Any, cast
 
@@ -26,18 +27,17 @@ from vllm.model_executor.layers.linear import (
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
-from vllm.model_executor.model_loader.reload.layerwise import initialize_online_processing
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
 from vllm.model_executor.parameter import ModelWeightParameter
 
-from .. import __version__
-from ..compiler import checkpoint
+from ..errors import CheckpointError
 from ..options import QUANT_METHOD, Options
 from . import common
 
 logger = init_logger("vllm.sparse_backend")
 
 
-class SparseCompiledConfig(QuantizationConfig):  # type: ignore[misc]
+class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: ignore[misc]
     """Options, and what the checkpoint's headers say; one per engine, sent to its workers."""
 
     def __init__(self, options: Options | None = None) -> None:
@@ -48,30 +48,12 @@ class SparseCompiledConfig(QuantizationConfig):  # type: ignore[misc]
         self.names = common.Names()
         self.loading = common.Loading()
 
-    def __repr__(self) -> str:  # part of vLLM's compile-cache key
-        return f"SparseCompiledConfig({__version__}, {self.options!r})"
-
-    @classmethod
-    def get_name(cls) -> str:
-        return QUANT_METHOD
-
-    def get_supported_act_dtypes(self) -> list[torch.dtype]:
-        return [torch.bfloat16, torch.float16, torch.float32]
-
-    @classmethod
-    def get_min_capability(cls) -> int:
-        return 0
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        return []
-
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseCompiledConfig:
         return cls(Options.from_dict(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
-        info = common.read_checkpoint(model_name)
+        info = common.read_checkpoint(model_name, revision)
         if info is None:
             return
         if info.modules:
@@ -86,8 +68,7 @@ class SparseCompiledConfig(QuantizationConfig):  # type: ignore[misc]
         if not isinstance(layer, LinearBase):
             return None
         self.names.merged = self.packed_modules_mapping
-        options = common.options_for(self.options, self.names, prefix)
-        return SparseCompiledLinearMethod(self, prefix, options)
+        return SparseCompiledLinearMethod(self, prefix, *common.options_for(self.options, self.names, prefix))
 
 
 @register_weight_loader_v2_supported_method
@@ -96,10 +77,11 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     uses_meta_device = True
 
-    def __init__(self, config: SparseCompiledConfig, prefix: str, options: Options | None) -> None:
+    def __init__(self, config: SparseCompiledConfig, prefix: str, options: Options | None, reason: str) -> None:
         self.loading = config.loading
         self.prefix = prefix
         self.options = options
+        self.reason = reason
         self.dense = UnquantizedLinearMethod()
         self.kernel: common.LayerKernel | None = None
 
@@ -126,7 +108,7 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         setattr(layer, "_already_called_process_weights_after_loading", True)  # noqa: B010 - vLLM's own mark
-        self.kernel = self.loading.convert(layer, self.prefix, self.options)
+        self.kernel = self.loading.convert(layer, self.prefix, self.options, self.reason)
         if self.kernel is None:
             self.dense.process_weights_after_loading(layer)
 
@@ -148,15 +130,47 @@ class SparseCompiledModelLoader(DefaultModelLoader):  # type: ignore[misc]
         if config is None:
             yield from weights
             return
-        dense = checkpoint.expand(weights, config.modules)
-        yield from common.prune_stream(dense, config.options, config.modules)
+        first = next(weights, None)  # by now a model from the hub has been downloaded
+        if not config.hf_modules:
+            config.maybe_update_config(model_config.model, revision=model_config.revision)
+        stream = itertools.chain([] if first is None else [first], weights)
+        yield from config.loading.weights(stream, config.modules, config.options)
 
-    def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
-        model: torch.nn.Module = super().load_model(*args, **kwargs)
+    def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+        config = _config_of(model)
+        asked = self.load_config.model_loader_extra_config.get("enable_weights_track")
+        if config is not None and asked is None:
+            # vLLM tracks missing tensors of unquantised models only; ours come from the same checkpoints.
+            self.enable_weights_track = True
+        super().load_weights(model, model_config)
+        if config is not None:
+            for name, module in model.named_modules():
+                if isinstance(getattr(module, "quant_method", None), SparseCompiledLinearMethod):
+                    _check_loaded(name, module)
+
+    def load_model(self, vllm_config: Any, model_config: Any, prefix: str = "") -> torch.nn.Module:
+        model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         config = _config_of(model)
         if config is not None:
             config.loading.finish(config.options, lambda line: logger.info("%s: %s", QUANT_METHOD, line))
+            # vLLM does not hash a quantisation config. Whether a layer is dense or packed
+            # changes the graph, and depends on the weights: hash that, or a stale graph is loaded.
+            if isinstance(vllm_config.additional_config, dict):
+                layout = {"sparse_compiled_layout": config.loading.digest()}
+                vllm_config.additional_config = {**vllm_config.additional_config, **layout}
         return model
+
+
+def _check_loaded(name: str, module: torch.nn.Module) -> None:
+    """A projection whose tensors did not all come would be packed from memory nobody wrote."""
+    info = get_layerwise_info(module)
+    # Of the weight alone: vLLM does not count a bias that arrives before it.
+    expected = cast(torch.Tensor, module.weight).numel() if info.can_load() else 0
+    if info.can_load() and info.load_numel < expected:
+        raise CheckpointError(
+            f"{name}: {info.load_numel} of {expected} weights are in the checkpoint; "
+            "it is incomplete, copy or compile it again"
+        )
 
 
 def _config_of(model: torch.nn.Module) -> SparseCompiledConfig | None:

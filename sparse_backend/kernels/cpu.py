@@ -32,13 +32,18 @@ def library() -> ctypes.CDLL:
         raise IsaError(
             f"{path.name} is missing from the package: install it with 'pip install .' (needs a C++ compiler)"
         )
-    torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
-    lib = ctypes.CDLL(str(path))
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+        lib = ctypes.CDLL(str(path))
+    except OSError as error:
+        raise IsaError(
+            f"{path.name} does not load beside torch {torch.__version__} (2.10 or later is needed): {error}"
+        ) from None
     lib.sparse_backend_bitmask_kernel.restype = ctypes.c_char_p
-    _register_fakes()
     forced = envs.isa()
-    if forced is not None:
+    if forced is not None:  # first: a failed call must leave nothing that a second one trips over
         _set_level(lib, forced, f"{envs.ISA_VARIABLE}={forced}")
+    _register_fakes()
     return lib
 
 

@@ -171,6 +171,36 @@ def test_what_is_wrong_with_the_input_is_said(model, tmp_path):
     assert not list(tmp_path.glob(".out.incomplete*"))
 
 
+def test_only_the_files_of_the_index_count(model, tmp_path):
+    save_file(load_file(model / "model.safetensors"), model / "consolidated.safetensors")
+    save_file({"x.lora_A.weight": torch.ones(2, 2)}, model / "adapter_model.safetensors")
+    assert [p.name for p in checkpoint.read(model).files] == ["model.safetensors"]
+    save_file({"model.norm.weight": torch.ones(32)}, model / "stale.safetensors")
+    with pytest.raises(CheckpointError, match="another shard holds too"):
+        checkpoint.read(model)
+    (model / "stale.safetensors").unlink()
+    for text in ("{", '{"weight_map": null}', "5", '{"weight_map": {"a": 3}}'):
+        (model / "model.safetensors.index.json").write_text(text)
+        with pytest.raises(CheckpointError, match="cannot be read as an index"):
+            checkpoint.read(model)
+
+
+def test_weights_of_other_dtypes_are_left_as_they_are(tmp_path):
+    tensors = {
+        "a.up_proj.weight": sparse_weight(64, 64, 0.5),
+        "a.q_proj.weight": torch.randint(-8, 8, (64, 64), dtype=torch.int8),
+        "a.k_proj.weight": torch.randn(64, 64).to(torch.float8_e4m3fn),
+        "a.v_proj.weight": torch.ones(64, 8, dtype=torch.uint32),
+    }
+    folder = make_model(tmp_path / "mixed", tensors)
+    report = compile_checkpoint(folder, tmp_path / "out", Options(sparsity=0.5))
+    assert report.packed_count == 1
+    assert "int8 weights are left as they are" in report.dense_reasons()
+    compiled = expanded(tmp_path / "out")
+    for name in ("a.q_proj.weight", "a.k_proj.weight", "a.v_proj.weight"):
+        assert torch.equal(compiled[name].view(torch.uint8), tensors[name].view(torch.uint8))
+
+
 def damage(folder, change):
     path = next(iter(sorted(folder.glob("*.safetensors"))))
     data = bytearray(path.read_bytes())
@@ -282,10 +312,16 @@ def test_killed_half_way_leaves_no_half_checkpoint(tmp_path):
 
 
 def test_what_counts_as_a_projection():
-    for name in ("model.layers.3.self_attn.q_proj", "encoder.layer.0.attention.self.query", "h.1.mlp.gate_proj"):
+    for name in (
+        "model.layers.3.self_attn.q_proj",
+        "encoder.layer.0.attention.self.query",
+        "h.1.mlp.gate_proj",
+        "encoder.layer.0.output.dense",
+    ):
         assert why_not_projection(name) is None, name
     for name in ("model.embed_tokens", "lm_head", "transformer.wte", "embeddings.word_embeddings", "layers.0.mlp.gate",
-                 "embeddings.position_embeddings", "model.layers.1.mlp.experts.3.up_proj", "pooler.dense"):  # fmt: skip
+                 "embeddings.position_embeddings", "model.layers.1.mlp.experts.3.up_proj", "pooler.dense",
+                 "output", "transformer.output_layer", "model.visual.pos_embed"):  # fmt: skip
         assert why_not_projection(name) is not None, name
 
 

@@ -104,7 +104,10 @@ def test_the_summary_tells_formats_sizes_and_reasons(eager):
     assert any(line.startswith("bitmask: 15 projections") for line in lines)
     assert any(line.startswith("dense: 24 projections: too few zeros") for line in lines)
     assert any(line.startswith("nothing was packed") for line in lines)
-    assert any("the model's function differs" in line for line in lines)
+    # Said once: of the run that pruned, not of the checkpoint that was pruned before.
+    assert [line for line in lines if "pruned as asked" in line] == [
+        "42 projections pruned as asked ('sparsity'): not the checkpoint's function any more"
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -168,6 +171,12 @@ def test_what_is_wrong_is_said_before_anything_is_served(python_lm, python_lm_50
     tensors["model.layers.2.mlp.down_proj.weight"][5, 6] = float("nan")
     save_file(tensors, nan / "model.safetensors", metadata={"format": "pt"})
 
+    def without(name, *removed):
+        folder = shutil.copytree(pruned_50, tmp_path / name)
+        kept = {n: t for n, t in load_file(folder / "model.safetensors").items() if n not in removed}
+        save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
     def damaged(name, change):
         folder = shutil.copytree(python_lm_50, tmp_path / name)
         data = bytearray((folder / "model.safetensors").read_bytes())
@@ -190,7 +199,14 @@ def test_what_is_wrong_is_said_before_anything_is_served(python_lm, python_lm_50
         (job(python_lm, **overrides(ignore=["*.q_proj"])), "qkv_proj: the engine merges 3 projections"),
         (job(python_lm, **overrides(ignore=["*"])), "no projection to convert: 'ignore' covers all of them"),
         (job(python_lm_50, **overrides(sparsity=0.7)), "option 'sparsity' was fixed at 0.5"),
-        (job(nan, **FLAG), "model.layers.2.mlp.down_proj: weight has 1 NaN or infinite value"),
+        (job(nan, **FLAG), "model.layers.2.mlp.down_proj: weight has NaN values"),
+        (job(without("no-down", "model.layers.1.mlp.down_proj.weight"), **FLAG), "layers.1.mlp.down_proj: 0 of"),
+        (job(without("no-up", "model.layers.1.mlp.up_proj.weight"), **FLAG), "layers.1.mlp.gate_up_proj: 196608 of"),
+        (job(without("no-norm", "model.layers.1.input_layernorm.weight"), **FLAG), "input_layernorm.weight"),
+        (
+            job(python_lm_50, **overrides(sparsity=0.5, rules=[{"match": "*.o_proj", "sparsity": 0.9}])),
+            "'rules' sets keys",
+        ),
         (job(damaged("short", lambda d: d[:-100])), "model.safetensors: truncated"),
         (job(damaged("name", flip(in_name))), "its header does not match its checksum"),
         (job(damaged("data", flip(-100))), "is damaged"),

@@ -127,6 +127,8 @@ def test_wrong_arguments_are_named():
         sb.linear(torch.ones(2, 64), packed, torch.ones(9))
     with pytest.raises(RuntimeError, match="bfloat16, float16 or float32"):
         sb.linear(torch.ones(2, 64, dtype=torch.int32), packed)
-    for broken in (machine[:20], machine[:-1], torch.zeros_like(machine), machine[64:]):
+    wild = machine.clone()
+    wild[72:80] = 0x7F
+    for broken in (wild, machine[:20], machine[:-1], torch.zeros_like(machine), machine[64:]):
         with pytest.raises(RuntimeError, match="packed weight"):
             ops.bitmask_linear(torch.ones(2, 64), broken.contiguous(), None, 8)

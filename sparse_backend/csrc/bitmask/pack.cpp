@@ -178,6 +178,10 @@ const char* parse(const uint8_t* buffer, int64_t bytes, View* view) {
     return "packed weight's header does not agree with its size";
   }
   view->offsets = reinterpret_cast<const uint64_t*>(buffer + sizeof(Header));
+  const uint64_t stream_bytes = static_cast<uint64_t>(bytes - h.stream_offset - kTailPadding);
+  bool ordered = view->offsets[0] == 0 && view->offsets[h.panels] == stream_bytes;
+  for (int64_t p = 0; p < h.panels; ++p) ordered &= view->offsets[p] <= view->offsets[p + 1];
+  if (!ordered) return "packed weight's panel offsets are damaged";
   view->stream = buffer + h.stream_offset;
   view->chunks = (h.in_features + kChunk - 1) / kChunk;
   return nullptr;
