@@ -23,6 +23,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "pattern": ("unstructured",),
     "group_size": (None,),
     "activations": ("keep",),
+    "batch": (1,),
     "lm_head": ("keep",),
 }
 
@@ -69,7 +70,7 @@ class Options:
         pattern: which zero patterns pruning makes.
         group_size: weights per quantisation scale (no value is built yet).
         activations: `keep` leaves them in the engine's dtype.
-        batch: tokens per step to plan for.
+        batch: tokens per step to plan for (the planner knows only 1).
         lm_head: `keep` leaves the output head dense.
         ignore: HF module names left dense; fnmatch patterns or `re:...`.
         rules: `{"match": pattern, key: value, ...}`; the first match overrides options.
@@ -106,8 +107,6 @@ class Options:
                     "options 'sparsity' and 'format' contradict: format dense stores every weight; "
                     "use format auto or bitmask, or drop sparsity"
                 )
-        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
-            raise OptionError(f"option 'batch' = {self.batch!r}; allowed: an integer of at least 1")
         for key in ("ignore", "rules"):
             value = getattr(self, key)
             if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):

@@ -24,7 +24,7 @@ from sparse_backend import OptionError, Options
         ({"sparsity": "half"}, "no number"),
         ({"sparsity": True}, "no number"),
         ({"sparsity": float("nan")}, "out of range"),
-        ({"batch": 0}, "at least 1"),
+        ({"batch": 8}, "'batch' = 8 is not available; allowed: 1"),
         ({"format": "dense", "sparsity": 0.5}, "contradict"),
         ({"ignore": "lm_head"}, "must be a list"),
         ({"ignore": ["re:("]}, "no regular expression"),
