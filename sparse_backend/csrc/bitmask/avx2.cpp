@@ -15,41 +15,28 @@
 namespace sparse_backend::bitmask {
 namespace {
 
-// floats[m][4 i + 2], floats[m][4 i + 3]: the bytes of the value that belongs at position i
-// under mask m; every other byte 0x80, for which vpshufb writes zero. 8 KB, lives in L1.
-struct FloatTable {
-  alignas(64) uint8_t floats[256][32];
-  constexpr FloatTable() : floats() {
+// shuffle[m]: for each of eight lanes of kLaneBytes, which bytes of the packed values go into
+// its upper half under mask m; 0x80, for which vpshufb writes zero, for every other byte. Lanes
+// of 4 bytes make bf16 values floats (8 KB, lives in L1); lanes of 2 keep halves as they are.
+template <int kLaneBytes>
+struct ExpandTable {
+  alignas(64) uint8_t shuffle[256][8 * kLaneBytes];
+  constexpr ExpandTable() : shuffle() {
     for (int mask = 0; mask < 256; ++mask) {
+      for (int byte = 0; byte < 8 * kLaneBytes; ++byte) shuffle[mask][byte] = 0x80;
       int next = 0;
       for (int i = 0; i < 8; ++i) {
-        const bool stored = (mask >> i) & 1;
-        floats[mask][4 * i] = floats[mask][4 * i + 1] = 0x80;
-        floats[mask][4 * i + 2] = static_cast<uint8_t>(stored ? 2 * next : 0x80);
-        floats[mask][4 * i + 3] = static_cast<uint8_t>(stored ? 2 * next + 1 : 0x80);
-        next += stored;
+        if (((mask >> i) & 1) == 0) continue;
+        uint8_t* upper_half = &shuffle[mask][kLaneBytes * (i + 1) - 2];
+        upper_half[0] = static_cast<uint8_t>(2 * next);
+        upper_half[1] = static_cast<uint8_t>(2 * next + 1);
+        ++next;
       }
     }
   }
 };
-constexpr FloatTable kFloatTable;
-
-// The same for eight halves next to each other, which vcvtph2ps then widens.
-struct HalfTable {
-  alignas(64) uint8_t halves[256][16];
-  constexpr HalfTable() : halves() {
-    for (int mask = 0; mask < 256; ++mask) {
-      int next = 0;
-      for (int i = 0; i < 8; ++i) {
-        const bool stored = (mask >> i) & 1;
-        halves[mask][2 * i] = static_cast<uint8_t>(stored ? 2 * next : 0x80);
-        halves[mask][2 * i + 1] = static_cast<uint8_t>(stored ? 2 * next + 1 : 0x80);
-        next += stored;
-      }
-    }
-  }
-};
-constexpr HalfTable kHalfTable;
+constexpr ExpandTable<4> kFloatTable;
+constexpr ExpandTable<2> kHalfTable;
 
 // Mask bytes are read one by one where they stand in the stream.
 struct MaskBytes {
@@ -78,10 +65,10 @@ struct Avx2 {
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
     values += __builtin_popcountll(mask);
     if constexpr (kValueType == DType::kBf16) {
-      const __m256i shuffle = *reinterpret_cast<const __m256i*>(kFloatTable.floats[mask]);
+      const __m256i shuffle = *reinterpret_cast<const __m256i*>(kFloatTable.shuffle[mask]);
       out[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed), shuffle));
     } else {
-      const __m128i shuffle = *reinterpret_cast<const __m128i*>(kHalfTable.halves[mask]);
+      const __m128i shuffle = *reinterpret_cast<const __m128i*>(kHalfTable.shuffle[mask]);
       out[0] = _mm256_cvtph_ps(_mm_shuffle_epi8(packed, shuffle));
     }
   }
