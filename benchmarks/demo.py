@@ -9,25 +9,22 @@ same checkpoint with --quantization sparse-compiled.
 from __future__ import annotations
 
 import importlib.util
-import json
-import math
 import os
 import re
-import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from random_models import demo_config, save_llama
+from random_models import demo_config, plain_copy, save_llama
 from rich.console import Console
 from rich.table import Table
 from vllm_runner import run
 
 from sparse_backend import Options
-from sparse_backend.compiler import checkpoint
 from sparse_backend.compiler.convert import compile_checkpoint
+from sparse_backend.compiler.inspection import inspect
 from sparse_backend.report import human_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,19 +47,6 @@ def held_out_windows(length: int = 512) -> list[list[int]]:
     text = Path(spec.origin).read_text()
     ids = Tokenizer.from_file(str(MODEL / "tokenizer.json")).encode(text).ids
     return [[0, *ids[i : i + length - 1]] for i in range(0, len(ids) - 1, length - 1)]
-
-
-def plain_copy(compiled: Path, target: Path) -> None:
-    """The compiled model as an ordinary dense checkpoint: the same weights, zeros and all."""
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(compiled, target)
-    info = checkpoint.read(compiled)
-    for path in info.files:
-        tensors = dict(checkpoint.expand(load_file(path).items(), info.modules))
-        save_file(tensors, target / path.name, metadata={"format": "pt"})
-    config = {k: v for k, v in info.config.items() if k != "quantization_config"}
-    (target / "config.json").write_text(json.dumps(config))
 
 
 def quality(folder: Path) -> bool:
@@ -90,17 +74,12 @@ def quality(folder: Path) -> bool:
     table = Table(
         "zeros", "perplexity", "projections", title=f"held-out module '{HELD_OUT}', through vLLM", title_justify="left"
     )
-    table.add_row("0% (dense)", f"{dense['perplexity']:.1f}", "9.44 MB")
-    for level, result in zip(levels, compiled, strict=True):
-        info = checkpoint.read(folder / f"compiled-{level}")
-        size = sum(tensor_bytes(shape, dtype) for n, (dtype, shape) in info.tensors.items() if ".bitmask." in n)
-        table.add_row(f"{level:.0%}", f"{result['perplexity']:.1f}", human_bytes(size))
+    sizes = [inspect(folder / f"compiled-{level}").by_format()[0] for level in levels]
+    table.add_row("0% (dense)", f"{dense['perplexity']:.1f}", human_bytes(sizes[0].dense_bytes))
+    for level, result, size in zip(levels, compiled, sizes, strict=True):
+        table.add_row(f"{level:.0%}", f"{result['perplexity']:.1f}", human_bytes(size.packed_bytes))
     console.print(table)
     return same
-
-
-def tensor_bytes(shape: tuple[int, ...], dtype: str) -> int:
-    return math.prod(shape) * (1 if dtype == "U8" else 2)
 
 
 def speed(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:

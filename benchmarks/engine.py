@@ -8,7 +8,6 @@ first.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import statistics
 import sys
@@ -22,7 +21,6 @@ from rich.console import Console
 from rich.table import Table
 from vllm_runner import run
 
-RESULTS = Path(__file__).parent / "results"
 FLAG = {"quantization": "sparse-compiled"}
 console = Console(width=110)
 
@@ -93,12 +91,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sparse-backend-bench-") as folder:
         rows = measure(args, Path(folder))
     if args.save:
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{args.save}.csv").open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
-        (RESULTS / f"{args.save}.json").write_text(json.dumps(about, indent=2) + "\n")
+        machine.save_results(args.save, rows, about)
     return 0
 
 

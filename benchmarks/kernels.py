@@ -10,14 +10,12 @@ has no speed.
 from __future__ import annotations
 
 import argparse
-import csv
 import datetime
 import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import machine
@@ -31,7 +29,6 @@ import sparse_backend as sb
 from sparse_backend.kernels import cpu
 
 console = Console(width=max(110, Console().width))
-RESULTS = Path(__file__).parent / "results"
 Call = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -242,13 +239,8 @@ def main() -> int:
     for name, value in speed.items():
         console.print(f"{name} 17408x5120 (89M weights): {value:.2f} s", highlight=False)
     if args.save and rows:
-        RESULTS.mkdir(exist_ok=True)
-        with (RESULTS / f"{args.save}.csv").open("w", newline="") as f:
-            writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
         data = {"date": datetime.date.today().isoformat(), "machine": about, "call_us": small, "packing_s": speed}
-        (RESULTS / f"{args.save}.json").write_text(json.dumps(data, indent=2) + "\n")
+        machine.save_results(args.save, rows, data)
     return 0
 
 

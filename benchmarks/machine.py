@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import ctypes
 import importlib.metadata
+import json
 import platform
 import subprocess
 import tempfile
@@ -36,6 +38,17 @@ def describe() -> dict[str, Any]:
         "sparse_backend": importlib.metadata.version("sparse_backend"),
         "commit": commit,
     }
+
+
+def save_results(name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """results/NAME.csv with one line per row, and NAME.json with what it was measured on."""
+    folder = Path(__file__).parent / "results"
+    folder.mkdir(exist_ok=True)
+    with (folder / f"{name}.csv").open("w", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
+    (folder / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")
 
 
 def last_level_cache() -> int:

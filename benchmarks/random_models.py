@@ -1,4 +1,5 @@
-"""Random checkpoints with real architectures and layer shapes, for tests, demo and benchmarks.
+"""Checkpoints for tests, demo and benchmarks: random ones with real architectures and layer shapes,
+and plain copies of compiled ones.
 
 Written shard by shard with safetensors, so that a large model never stands in memory whole.
 """
@@ -6,12 +7,15 @@ Written shard by shard with safetensors, so that a large model never stands in m
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from sparse_backend.compiler import checkpoint
 
 
 def llama_config(
@@ -72,3 +76,14 @@ def save_llama(folder: Path, config: dict[str, Any], sparsity: float = 0.0, seed
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (folder / "config.json").write_text(json.dumps(config, indent=2))
     return linear_bytes
+
+
+def plain_copy(compiled: Path, target: Path) -> None:
+    """The compiled model as an ordinary dense checkpoint: the same weights, zeros and all."""
+    shutil.copytree(compiled, target)
+    info = checkpoint.read(compiled)
+    for path in info.files:
+        tensors = dict(checkpoint.expand(load_file(path).items(), info.modules))
+        save_file(tensors, target / path.name, metadata={"format": "pt"})
+    config = {k: v for k, v in info.config.items() if k != "quantization_config"}
+    (target / "config.json").write_text(json.dumps(config))

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import json
-import shutil
 import sys
 from pathlib import Path
 
@@ -48,16 +46,8 @@ def python_lm_50(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pruned_50(python_lm_50, tmp_path_factory) -> Path:
     """The same pruned model as a plain checkpoint."""
-    from safetensors.torch import load_file, save_file
-
-    from sparse_backend.compiler import checkpoint
+    from random_models import plain_copy
 
     folder = tmp_path_factory.mktemp("models") / "python-lm-pruned"
-    shutil.copytree(python_lm_50, folder)
-    info = checkpoint.read(folder)
-    tensors = dict(checkpoint.expand(load_file(folder / "model.safetensors").items(), info.modules))
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config))
+    plain_copy(python_lm_50, folder)
     return folder

@@ -34,6 +34,7 @@ _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
 MAX_SHARD_BYTES = 1 << 30
 
 IGNORED = "in 'ignore'"
+FIX = "fix the checkpoint or add the module to 'ignore'"
 # Anything else is quantised codes or not a weight.
 PRUNABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -58,7 +59,7 @@ def prune_weight(module: str, weight: torch.Tensor, options: Options) -> torch.T
     try:
         return prune.METHODS[options.method](weight, options.sparsity)
     except WeightError as error:
-        raise WeightError(f"{module}: {error}; fix the checkpoint or add the module to 'ignore'") from None
+        raise WeightError(f"{module}: {error}; {FIX}") from None
 
 
 def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[PackedWeight | None, str]:
@@ -75,7 +76,7 @@ def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[Pa
             return None, decision.reason
         return pack(weight, decision.format), decision.reason
     except WeightError as error:
-        raise WeightError(f"{module}: {error}; fix the checkpoint or add the module to 'ignore'") from None
+        raise WeightError(f"{module}: {error}; {FIX}") from None
 
 
 class _Writer:

@@ -17,6 +17,7 @@ class Row:
     """One module, or all modules of a format."""
 
     name: str
+    format: str
     count: int
     shape: str
     weights: int
@@ -48,9 +49,10 @@ class Inspection:
         """Rows added up per format."""
         groups: dict[str, list[Row]] = {}
         for row in self.rows:
-            groups.setdefault(row.name.rsplit(" ", 1)[-1].strip("()"), []).append(row)
+            groups.setdefault(row.format, []).append(row)
         return [
             Row(
+                name,
                 name,
                 len(rows),
                 "",
@@ -84,7 +86,9 @@ def inspect(folder: str | Path, verify: bool = False) -> Inspection:
                 nnz = math.prod(shape)
         weights = entry.shape[0] * entry.shape[1]
         shape_text = f"{entry.shape[0]} x {entry.shape[1]}"
-        rows.append(Row(f"{name} ({entry.format})", 1, shape_text, weights, nnz, 2 * weights, packed_bytes))
+        rows.append(
+            Row(f"{name} ({entry.format})", entry.format, 1, shape_text, weights, nnz, 2 * weights, packed_bytes)
+        )
     if verify:
         _verify(info)
     architecture = ", ".join(info.config.get("architectures") or ["unknown architecture"])
@@ -95,13 +99,9 @@ def inspect(folder: str | Path, verify: bool = False) -> Inspection:
 def _verify(info: checkpoint.Checkpoint) -> None:
     for path in info.files:
         with checkpoint.open_shard(path) as shard:
-            names = set(shard.keys())
-            stream = (
-                (n, shard.get_tensor(n))
-                for n in sorted(names)
-                if n.rpartition(".")[0].rpartition(".")[0] in info.modules
-            )
             here = {m: e for m, e in info.modules.items() if e.file == path}
+            names = [f"{m}.{e.format}.{spec.name}" for m, e in here.items() for spec in get_format(e.format).tensors]
+            stream = ((name, shard.get_tensor(name)) for name in names)
             try:
                 for _ in checkpoint.expand(stream, here):
                     pass

@@ -19,8 +19,6 @@ from ..options import COMPILE_TIME_KEYS, QUANT_METHOD, Options
 from ..packed import MachineWeight
 from ..report import Report
 
-FIX = "fix the checkpoint or add the module to 'ignore'"
-
 
 def read_checkpoint(model: str, revision: str | None = None) -> checkpoint.Checkpoint | None:
     """Headers of a model on this disk; None for a hub name that is not fully cached yet.
@@ -199,7 +197,7 @@ class Loading:
             self.report.add_dense(prefix, weight.nbytes, reason)
             return None
         if torch.isnan(weight).any():
-            raise WeightError(f"{prefix}: weight has NaN values, or is missing from the checkpoint; {FIX}")
+            raise WeightError(f"{prefix}: weight has NaN values, or is missing from the checkpoint; {convert.FIX}")
         packed, reason = convert.pack_weight(prefix, weight, options)
         if packed is None:
             self.report.add_dense(prefix, weight.nbytes, reason)
