@@ -6,6 +6,10 @@
 #if defined(__x86_64__)
 #include <cpuid.h>
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 namespace sparse_backend {
 namespace {
@@ -51,7 +55,7 @@ CpuFeatures detect() {
       bit(leaf7.ebx, 16) && bit(leaf7.ebx, 17) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31);  // F, DQ, BW, VL
   f.avx512 = f.avx2 && os_zmm && avx512_base && bit(leaf7.ecx, 6);
   f.avx512_bf16 = f.avx512 && bit(leaf7_1.eax, 5);
-  f.avx512_vnni = f.avx512 && bit(leaf7.ecx, 11);
+  f.avx512_vnni = f.avx512 && bit(leaf7.ecx, 11) && bit(leaf7.ecx, 1);  // and VBMI
   const bool amx_tile = os_tile && bit(leaf7.edx, 24);
   f.amx_bf16 = amx_tile && bit(leaf7.edx, 22);
   f.amx_int8 = amx_tile && bit(leaf7.edx, 25);
@@ -71,6 +75,18 @@ std::atomic<int>& active_level() {
 const CpuFeatures& cpu_features() {
   static const CpuFeatures features = detect();
   return features;
+}
+
+bool amx_int8_usable() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  static const bool usable =
+      cpu_features().amx_int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return usable;
+#else
+  return false;
+#endif
 }
 
 Isa best_isa() {

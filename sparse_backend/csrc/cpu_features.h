@@ -13,7 +13,7 @@ struct CpuFeatures {
   bool avx2 = false;    // AVX2 with FMA, F16C and POPCNT
   bool avx512 = false;  // AVX-512 F, BW, DQ, VL and VBMI2 (vpexpandw)
   bool avx512_bf16 = false;
-  bool avx512_vnni = false;
+  bool avx512_vnni = false;  // with VBMI, as every processor has that has both VNNI and VBMI2
   bool avx_vnni = false;
   bool amx_bf16 = false;
   bool amx_int8 = false;
@@ -21,6 +21,10 @@ struct CpuFeatures {
 
 // Read once; the values cannot change while the process lives.
 const CpuFeatures& cpu_features();
+
+// Whether tiles may be used: asks Linux for the AMX tile state, once; a process that never does is
+// killed at its first tile instruction.
+bool amx_int8_usable();
 
 // The highest level this machine runs.
 Isa best_isa();

@@ -1,10 +1,8 @@
 #include "linear.h"
 
-#include <cstdlib>
-#include <new>
-
 #include "../cpu_features.h"
 #include "../parallel.h"
+#include "../scratch.h"
 #include "kernels.h"
 
 namespace sparse_backend::bitmask {
@@ -27,26 +25,6 @@ const Kernels& select(DType value_type, DType x_type) {
   (void)x_type;
   return scalar_kernels(value_type);
 }
-
-// Aligned memory that grows and stays with its thread, so that a call allocates nothing.
-class Scratch {
- public:
-  ~Scratch() { std::free(data_); }
-  uint8_t* reserve(int64_t bytes) {
-    if (bytes > size_) {
-      std::free(data_);
-      size_ = 0;
-      data_ = static_cast<uint8_t*>(std::aligned_alloc(64, round_up(bytes, 64)));
-      if (data_ == nullptr) throw std::bad_alloc();
-      size_ = bytes;
-    }
-    return data_;
-  }
-
- private:
-  uint8_t* data_ = nullptr;
-  int64_t size_ = 0;
-};
 
 void store_results(const View& w, const LinearArgs& args, const float* results, int64_t token, int tokens,
                    int64_t first_row, int64_t rows) {

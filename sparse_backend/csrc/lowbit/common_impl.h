@@ -1,0 +1,202 @@
+// What every instruction set's file compiles for itself: quantising activations before the
+// dot products, and scaling the integer sums after them. Plain loops that compilers vectorise;
+// built with -ffp-contract=off, so that all instruction sets round alike.
+#pragma once
+
+#include "kernels.h"
+
+namespace sparse_backend::lowbit {
+namespace {
+
+// Adding 1.5 * 2^23 rounds a float of magnitude up to 2^22 to the nearest even integer, and
+// leaves that integer in the low bits.
+inline int32_t round_to_int(float value) {
+  return static_cast<int32_t>(bits_from_float(value + 12582912.0F)) - 0x4B400000;
+}
+
+template <DType kType>
+inline float read_float(const void* data, int64_t i) {
+  if constexpr (kType == DType::kBf16) return float_from_bf16(static_cast<const uint16_t*>(data)[i]);
+  if constexpr (kType == DType::kFp16) return float_from_fp16(static_cast<const uint16_t*>(data)[i]);
+  return static_cast<const float*>(data)[i];
+}
+
+// The largest magnitude, compared as integers: order is the same, and NaN is above infinity.
+template <DType kType>
+inline float largest_magnitude(const void* data, int64_t count) {
+  if constexpr (kType == DType::kFp32) {
+    const uint32_t* bits = static_cast<const uint32_t*>(data);
+    uint32_t most = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint32_t magnitude = bits[i] & 0x7FFFFFFFU;
+      most = magnitude > most ? magnitude : most;
+    }
+    return float_from_bits(most);
+  } else {
+    const uint16_t* bits = static_cast<const uint16_t*>(data);
+    uint16_t most = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      const uint16_t magnitude = bits[i] & 0x7FFFU;
+      most = magnitude > most ? magnitude : most;
+    }
+    return read_float<kType>(&most, 0);
+  }
+}
+
+template <DType kType>
+inline void quantise_int8(const void* x, int64_t count, float factor, int8_t* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float scaled = read_float<kType>(x, i) * factor;
+    const float low = scaled < -128.0F ? -128.0F : scaled;
+    out[i] = static_cast<int8_t>(round_to_int(low > 127.0F ? 127.0F : low));
+  }
+}
+
+// Two limbs: activation = 128 * high + low, low in [-64, 63].
+template <DType kType>
+inline void quantise_two(const void* x, int64_t count, float factor, int8_t* low, int8_t* high) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t value = round_to_int(read_float<kType>(x, i) * factor);
+    const int32_t rest = ((value + 64) & 127) - 64;
+    low[i] = static_cast<int8_t>(rest);
+    high[i] = static_cast<int8_t>((value - rest) >> 7);
+  }
+}
+
+// Three limbs to base 256, each in [-128, 127].
+template <DType kType>
+inline void quantise_three(const void* x, int64_t count, float factor, int8_t* out, int64_t stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    const int32_t value = round_to_int(read_float<kType>(x, i) * factor);
+    const int32_t low = ((value + 128) & 255) - 128;
+    const int32_t rest = (value - low) >> 8;
+    const int32_t middle = ((rest + 128) & 255) - 128;
+    out[i] = static_cast<int8_t>(low);
+    out[i + stride] = static_cast<int8_t>(middle);
+    out[i + 2 * stride] = static_cast<int8_t>((rest - middle) >> 8);
+  }
+}
+
+inline int32_t sum_of(const int8_t* x, int64_t count) {
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += x[i];
+  return sum;
+}
+
+// Factors that make integers of activations. One limb: 127 / absmax, the rule BitNet models are
+// trained with. Three limbs: a power of two that leaves 22 bits, so an activation within 2^-14 of
+// the largest one keeps all bits of a bf16, and the rest lose what fp32 sums lose too.
+inline float activation_factor(int limbs, float absmax) {
+  if (limbs == 1) return 1.0F / (absmax > 1e-5F ? absmax : 1e-5F) * 127.0F;  // torch's `127 / tensor`, to the bit
+  if (limbs == 2) return absmax > 1e-30F ? 16256.0F / absmax : 16256.0F / 1e-30F;
+  int exponent = static_cast<int>(bits_from_float(absmax) >> 23) - 126;  // absmax < 2^exponent
+  if (exponent < -104) exponent = -104;
+  return float_from_bits(static_cast<uint32_t>(22 - exponent + 127) << 23);
+}
+
+template <DType kType>
+void prepare_typed(const PrepareArgs& a) {
+  const int64_t k = a.plan->columns, padded = a.plan->padded;
+  const float absmax = a.absmax != nullptr ? *a.absmax : largest_magnitude<kType>(a.x, k);
+  for (int limb = 0; limb < a.limbs; ++limb) std::memset(a.out + limb * padded + k, 0, padded - k);
+  if (!(absmax <= 3.4028234e38F)) {  // infinite or NaN: so is every output
+    std::memset(a.out, 0, a.limbs * padded);
+    std::memset(a.sums, 0, a.limbs * a.plan->segments * sizeof(int32_t));
+    *a.scale = float_from_bits(0x7FC00000U);
+    return;
+  }
+  const float factor = activation_factor(a.limbs, absmax);
+  *a.scale = 1.0F / factor;
+  if (a.limbs == 1) quantise_int8<kType>(a.x, k, factor, a.out);
+  if (a.limbs == 2) quantise_two<kType>(a.x, k, factor, a.out, a.out + padded);
+  if (a.limbs == 3) quantise_three<kType>(a.x, k, factor, a.out, padded);
+  const int64_t segment = a.plan->segment > 0 ? a.plan->segment : k;
+  for (int limb = 0; limb < a.limbs; ++limb) {
+    for (int64_t s = 0; s < a.plan->segments; ++s) {
+      const int64_t begin = s * segment, end = begin + segment < k ? begin + segment : k;
+      a.sums[limb * a.plan->segments + s] = sum_of(a.out + limb * padded + begin, end - begin);
+    }
+  }
+}
+
+void prepare(const PrepareArgs& a) {
+  if (a.type == DType::kBf16) return prepare_typed<DType::kBf16>(a);
+  if (a.type == DType::kFp16) return prepare_typed<DType::kFp16>(a);
+  prepare_typed<DType::kFp32>(a);
+}
+
+template <DType kType>
+inline void read_floats(const void* data, int64_t first, int64_t count, float out[kUnitRows]) {
+  for (int64_t i = 0; i < count; ++i) out[i] = read_float<kType>(data, first + i);
+}
+
+inline void read_floats(const void* data, DType type, int64_t first, int64_t count, float out[kUnitRows]) {
+  if (type == DType::kBf16) return read_floats<DType::kBf16>(data, first, count, out);
+  if (type == DType::kFp16) return read_floats<DType::kFp16>(data, first, count, out);
+  read_floats<DType::kFp32>(data, first, count, out);
+}
+
+// The exact integer of one token and group, as floats: what fits 24 bits is exact.
+template <int kInt8Offset>
+inline void combine(const FinishArgs& a, int token, int64_t segment, float out[kUnitRows]) {
+  const int64_t segments = a.plan->segments;
+  const int32_t offset = a.plan->storage == Storage::kInt8 ? kInt8Offset : 1;
+  const int64_t last = segment + a.segments_per_group < segments ? segment + a.segments_per_group : segments;
+  const double base = a.limbs == 2 ? 128.0 : 256.0;
+  double total[kUnitRows] = {};
+  for (int limb = a.limbs - 1; limb >= 0; --limb) {
+    const int row = token * a.limbs + limb;
+    int32_t sum[kUnitRows] = {};
+    for (int64_t s = segment; s < last; ++s) {
+      const int32_t* in = a.sums_out + (s * a.rows + row) * kUnitRows;
+      const int32_t correction = offset * a.x_sums[row * segments + s];
+      for (int i = 0; i < kUnitRows; ++i) sum[i] += in[i] - correction;
+    }
+    if (a.limbs == 1) {
+      for (int i = 0; i < kUnitRows; ++i) out[i] = static_cast<float>(sum[i]);
+      return;
+    }
+    for (int i = 0; i < kUnitRows; ++i) total[i] = total[i] * base + sum[i];
+  }
+  for (int i = 0; i < kUnitRows; ++i) out[i] = static_cast<float>(total[i]);
+}
+
+// kInt8Offset: what the kernels added to int8 weights, 128 or 0.
+template <int kInt8Offset>
+void finish(const FinishArgs& a) {
+  const int tokens = a.rows / a.limbs;
+  const int64_t scale_bytes = a.scale_type == DType::kFp32 ? 4 : 2;
+  float bias[kUnitRows] = {};
+  if (a.bias != nullptr) read_floats(a.bias, a.bias_type, a.first_row, a.count, bias);
+  float scale[kUnitRows] = {};
+  if (a.scale_stride == 0) {
+    read_floats(a.scales, a.scale_type, 0, 1, scale);
+    for (int i = 1; i < kUnitRows; ++i) scale[i] = scale[0];
+  }
+  for (int t = 0; t < tokens; ++t) {
+    float value[kUnitRows] = {}, part[kUnitRows];
+    int64_t group = 0;
+    for (int64_t s = 0; s < a.plan->segments; s += a.segments_per_group, ++group) {
+      if (a.scale_stride != 0) {
+        const uint8_t* at = static_cast<const uint8_t*>(a.scales) + group * a.scale_stride * scale_bytes;
+        read_floats(at, a.scale_type, a.first_row, a.count, scale);
+      }
+      combine<kInt8Offset>(a, t, s, part);
+      for (int i = 0; i < kUnitRows; ++i) value[i] += part[i] * scale[i];
+    }
+    for (int i = 0; i < kUnitRows; ++i) value[i] = value[i] * a.x_scales[t] + bias[i];
+    const int64_t at = t * a.out_features + a.first_row;
+    if (a.type == DType::kBf16) {
+      uint16_t* y = static_cast<uint16_t*>(a.y) + at;
+      for (int64_t i = 0; i < a.count; ++i) y[i] = bf16_from_float(value[i]);
+    } else if (a.type == DType::kFp16) {
+      uint16_t* y = static_cast<uint16_t*>(a.y) + at;
+      for (int64_t i = 0; i < a.count; ++i) y[i] = fp16_from_float(value[i]);
+    } else {
+      std::memcpy(static_cast<float*>(a.y) + at, value, a.count * sizeof(float));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace sparse_backend::lowbit

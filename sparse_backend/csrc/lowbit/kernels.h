@@ -1,0 +1,81 @@
+// The interface between the driver (linear.cpp) and the kernels of one instruction set.
+//
+// All arithmetic on codes is exact in int32, so kernels may differ in order and still give the
+// same bits. Floors per 64-byte line of 2-bit codes (256 weights): 64 bytes of memory; with
+// VNNI 4 ANDs and 4 dot products per token.
+#pragma once
+
+#include <cstdint>
+
+#include "../common.h"
+#include "layout.h"
+
+namespace sparse_backend::lowbit {
+
+// Panels whose outputs are computed by one call.
+constexpr int kUnitPanels = 2;
+constexpr int kUnitRows = kUnitPanels * kPanelRows;
+// Rows of activations in one call of `gemm`.
+constexpr int kGemmRows = 96;
+// Columns decoded at a time: whole blocks of every layout, whole groups of every size.
+constexpr int64_t kGemmColumns = 1280;
+constexpr int64_t kScratchBytes = kUnitRows * kGemmColumns;
+
+struct UnitArgs {
+  const Plan* plan;
+  const uint8_t* panel[kUnitPanels];
+  int panels;       // 1..kUnitPanels
+  const int8_t* x;  // prepared activations, [rows][x_stride], 64-byte aligned, zero past the last column
+  int64_t x_stride;
+  int rows;
+  int32_t* out;      // [segments][rows][kUnitRows] sums of codes times activations
+  uint8_t* scratch;  // kScratchBytes, 64-byte aligned; only for `gemm`
+};
+
+struct PrepareArgs {
+  const Plan* plan;
+  const void* x;  // one token, K values
+  DType type;
+  int limbs;
+  const float* absmax;  // the largest magnitude to scale by; nullptr: find it
+  int8_t* out;     // [limbs][plan->padded], least significant limb first
+  int32_t* sums;   // [limbs][plan->segments] sums of out
+  float* scale;    // activation = scale * integer
+};
+
+struct FinishArgs {
+  const Plan* plan;
+  const int32_t* sums_out;  // UnitArgs::out
+  int rows, limbs;
+  int segments_per_group;
+  const int32_t* x_sums;   // [rows][segments]
+  const float* x_scales;   // [tokens]
+  const void* scales;      // [groups][scale_stride] at this unit's first row; one value if scale_stride is 0
+  DType scale_type;
+  int64_t scale_stride;
+  const void* bias;  // [N] or nullptr
+  DType bias_type;
+  int64_t first_row, count;  // of the outputs
+  void* y;                   // [tokens][out_features]
+  DType type;
+  int64_t out_features;
+};
+
+struct Kernels {
+  const char* name;
+  int gemv_rows;  // up to this many rows of activations `gemv` is faster
+  void (*prepare)(const PrepareArgs& args);
+  void (*gemv)(const UnitArgs& args);  // decodes into registers
+  void (*gemm)(const UnitArgs& args);  // decodes into scratch
+  void (*finish)(const FinishArgs& args);
+};
+
+const Kernels& scalar_kernels();
+#if defined(__x86_64__)
+const Kernels& avx2_kernels();
+const Kernels& avx_vnni_kernels();
+const Kernels& avx512_vnni_kernels();
+const Kernels& amx_kernels();
+#endif
+
+}  // namespace sparse_backend::lowbit
