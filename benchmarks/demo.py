@@ -23,7 +23,7 @@ from rich.table import Table
 from vllm_runner import run
 
 from sparse_backend import Options
-from sparse_backend.compiler.convert import compile_checkpoint
+from sparse_backend.compiler.compile import compile_checkpoint
 from sparse_backend.compiler.inspection import inspect
 from sparse_backend.report import human_bytes
 

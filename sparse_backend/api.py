@@ -14,14 +14,27 @@ from .packed import MachineWeight, PackedWeight
 VALUE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def pack(weight: torch.Tensor, format: str = "bitmask", values: str | None = None) -> PackedWeight:
+def pack(
+    weight: torch.Tensor,
+    format: str = "bitmask",
+    values: str | None = None,
+    bits: float | None = None,
+    group_size: int | None = None,
+    activations: str | None = None,
+) -> PackedWeight:
     """Pack a dense weight.
+
+    `bitmask` is lossless. `ternary` is lossless for weights that are ternary times a scale (per
+    weight, row, or group of columns) and rounds any other by the absmean rule; `int8` rounds.
 
     Args:
         weight: [N, K], bfloat16, float16 or float32, any strides, on the CPU.
         format: name of the format.
         values: dtype of the stored values, `bf16` or `fp16`; None keeps the weight's own.
-            Converting rounds; float32 weights therefore need it said.
+            Converting rounds; bitmask therefore needs it said for float32 weights.
+        bits: of ternary codes, 2 or 1.6.
+        group_size: columns per scale where `ternary` rounds; None for one scale.
+        activations: of ternary layers: `keep` or `int8` (per token, as BitNet models are trained).
 
     Returns:
         The canonical form.
@@ -30,14 +43,18 @@ def pack(weight: torch.Tensor, format: str = "bitmask", values: str | None = Non
         OptionError: unknown format or values.
         WeightError: NaN or Inf in the weight, or a dtype or shape the format cannot hold.
     """
-    Options(format=format, values=values)
+    options = Options(format=format, values=values, bits=bits, group_size=group_size, activations=activations)
     if weight.dim() != 2:
         raise WeightError(f"a weight has two dimensions [N, K], got shape {tuple(weight.shape)}")
     if values is not None:
         weight = convert_values(weight, values)
-    elif weight.dtype == torch.float32:
+    form = get_format(format)
+    if weight.dtype == torch.float32 and torch.float32 not in form.dtypes:
         raise WeightError("a float32 weight would be rounded: say values='bf16' or values='fp16'")
-    return get_format(format).pack(weight.detach())
+    weight = weight.detach()
+    if format == "ternary":  # int8 rounds as it packs
+        weight = form.round(weight, options)
+    return form.pack(weight, options)
 
 
 def convert_values(weight: torch.Tensor, values: str) -> torch.Tensor:

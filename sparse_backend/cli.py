@@ -80,10 +80,30 @@ def compile_command(
         typer.Option(help="Prune this share of every output row first (lossy). Default: keep the zeros there are."),
     ] = None,
     method: Annotated[str, typer.Option(help="How pruning ranks weights: magnitude.")] = "magnitude",
-    format: Annotated[str, typer.Option(help="auto (smallest lossless), bitmask, or dense.")] = "auto",
+    format: Annotated[
+        str,
+        typer.Option(help="auto (smallest lossless), bitmask, ternary or int8 (both round, unless exact), or dense."),
+    ] = "auto",
     values: Annotated[
         str | None, typer.Option(help="Stored values: bf16 or fp16. Default: the checkpoint's own dtype.")
     ] = None,
+    bits: Annotated[
+        float | None, typer.Option(help="Storage of ternary weights: 2 or 1.6. Default: the faster one.")
+    ] = None,
+    group_size: Annotated[
+        int | None, typer.Option(help="Columns per scale where --format ternary rounds: 32, 64, 128, 256.")
+    ] = None,
+    activations: Annotated[
+        str | None,
+        typer.Option(help="Of ternary layers: keep, or int8 per token. Default: as the checkpoint was trained."),
+    ] = None,
+    lm_head: Annotated[
+        str, typer.Option(help="keep, or int8: the engine rounds the output head as it loads.")
+    ] = "keep",
+    to: Annotated[
+        str,
+        typer.Option(help="sparse-compiled, or bitnet: Hugging Face's packing, which transformers reads too."),
+    ] = "sparse-compiled",
     ignore: Annotated[
         list[str] | None, typer.Option(help="Modules to leave dense: fnmatch or re:..., repeatable.")
     ] = None,
@@ -96,18 +116,21 @@ def compile_command(
 ) -> None:
     """Convert a checkpoint once; OUT is then served with no flag at all.
 
-    Reads MODEL tensor by tensor and never changes it. Without --sparsity the result computes
-    exactly what MODEL computes. OUT appears only when it is complete.
+    Reads MODEL tensor by tensor and never changes it. Without --sparsity and --format the result
+    computes exactly what MODEL computes. OUT appears only when it is complete.
 
-    Example: sparse-backend compile ./llama ./llama-50 --sparsity 0.5
+    Examples: sparse-backend compile ./llama ./llama-50 --sparsity 0.5;
+    sparse-backend compile ./bitnet-b1.58 ./bitnet-compiled;
+    sparse-backend compile ./bitnet-compiled ./bitnet-hf --to bitnet
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .compiler.convert import compile_checkpoint
+    from .compiler.compile import compile_checkpoint
     from .options import Options
 
     options = Options(
         format=format, values=values, sparsity=sparsity, method=method,
+        bits=bits, group_size=group_size, activations=activations, lm_head=lm_head,
         ignore=tuple(ignore or ()), rules=_rules(rule or []),
     )  # fmt: skip
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
@@ -117,15 +140,18 @@ def compile_command(
         def progress(done: int, total: int, name: str) -> None:
             bar.update(task, completed=done, total=total, description=name[-40:])
 
-        report = compile_checkpoint(model, target, options, progress)
+        report = compile_checkpoint(model, target, options, progress, layout=to)
     table = Table("format", "projections", "before", "after", title=escape(str(target)), title_justify="left")
     for name, (count, before, after) in report.by_format().items():
         table.add_row(name, str(count), human_bytes(before), human_bytes(after))
     out.print(table)
     for reason, count in report.dense_reasons().items():
         out.print(f"dense: {count} x {reason}", highlight=False)
-    if sparsity or any(r.get("sparsity") for r in options.rules):
-        out.print("Pruned: this model differs from the original; check its quality before serving it.", highlight=False)
+    for what, count in report.changed.items():
+        out.print(
+            f"{count} projections {what}: this model differs from the original; check its quality before serving it.",
+            highlight=False,
+        )
     out.print(f"Serve it: sparse-backend serve {target}", highlight=False, markup=False)
 
 
@@ -155,8 +181,9 @@ def inspect(
     table = Table("module" if modules else "format", "modules", "shape", "zeros", "bits/weight", "dense", "packed")
     rows = info.rows if modules else info.by_format()
     for row in rows:
+        zeros = "-" if row.zeros is None else f"{row.zeros:.1%}"
         table.add_row(
-            row.name, str(row.count), row.shape, f"{row.zeros:.1%}", f"{row.bits_per_weight:.2f}",
+            row.name, str(row.count), row.shape, zeros, f"{row.bits_per_weight:.2f}",
             human_bytes(row.dense_bytes), human_bytes(row.packed_bytes),
         )  # fmt: skip
     if info.rows:

@@ -62,16 +62,15 @@ def _library() -> Iterator[Check]:
         )
         return
     yield Check("torch", f"{torch.__version__}, {torch.get_num_threads()} compute threads")
-    from .kernels import cpu
+    from .kernels import cpu, registry
 
     try:
         levels = cpu.available_levels()
         found = [name for name, present in cpu.features().items() if present]
         yield Check("kernel levels", f"{', '.join(levels)}; in use: {cpu.active_isa()}")
         yield Check("instruction sets", ", ".join(found) or "none that a kernel uses")
-        yield Check(
-            "bitmask kernel", f"{cpu.kernel_name(torch.bfloat16, torch.bfloat16)} (bf16 values, bf16 activations)"
-        )
+        for row in registry.KERNELS:
+            yield Check(f"{row.format} kernel", f"{row.implementation(torch.bfloat16)} (bf16)")
     except SparseBackendError as error:
         yield Check("kernel library", str(error), False)
 

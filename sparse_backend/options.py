@@ -13,18 +13,18 @@ from .errors import OptionError
 
 QUANT_METHOD = "sparse-compiled"
 
-# What each option may be today. The design names more (ternary, int8, wanda, ...): a value
+# What each option may be today. The design names more (nm, sell, wanda, ...): a value
 # joins its row here in the change that builds it.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "format": ("auto", "dense", "bitmask"),
+    "format": ("auto", "dense", "bitmask", "ternary", "int8"),
     "values": (None, "bf16", "fp16"),
-    "bits": (None,),
+    "bits": (None, 2, 1.6),
     "method": ("magnitude",),
     "pattern": ("unstructured",),
-    "group_size": (None,),
-    "activations": ("keep",),
+    "group_size": (None, 32, 64, 128, 256),
+    "activations": (None, "keep", "int8"),
     "batch": (1,),
-    "lm_head": ("keep",),
+    "lm_head": ("keep", "int8"),
 }
 
 # Decided when a checkpoint is compiled; loading it cannot change them any more.
@@ -64,14 +64,15 @@ class Options:
     Attributes:
         format: `auto` packs what gets smaller without loss; a name packs everything that way.
         values: dtype of stored values; None keeps the weight's own.
-        bits: storage bits of ternary weights (no value is built yet).
+        bits: storage bits of ternary weights, 2 or 1.6; None lets the plan choose.
         sparsity: share of weights to prune per output row, 0 <= s < 1; None prunes nothing.
         method: how pruning ranks weights.
         pattern: which zero patterns pruning makes.
-        group_size: weights per quantisation scale (no value is built yet).
-        activations: `keep` leaves them in the engine's dtype.
+        group_size: columns per scale when `format` ternary rounds a weight; None for one per weight.
+        activations: of ternary layers. `int8` makes them int8 per token, `keep` computes with all their
+            bits; None does what the checkpoint was trained with (int8 for BitNet, else keep).
         batch: tokens per step to plan for (the planner knows only 1).
-        lm_head: `keep` leaves the output head dense.
+        lm_head: `keep` leaves the output head as it is; `int8` rounds it (int8 weights, a scale per row).
         ignore: HF module names left dense; fnmatch patterns or `re:...`.
         rules: `{"match": pattern, key: value, ...}`; the first match overrides options.
 
@@ -86,7 +87,7 @@ class Options:
     method: str = "magnitude"
     pattern: str = "unstructured"
     group_size: int | None = None
-    activations: str = "keep"
+    activations: str | None = None
     batch: int = 1
     lm_head: str = "keep"
     ignore: tuple[str, ...] = ()
@@ -107,6 +108,9 @@ class Options:
                     "options 'sparsity' and 'format' contradict: format dense stores every weight; "
                     "use format auto or bitmask, or drop sparsity"
                 )
+        for key in ("bits", "group_size"):
+            if getattr(self, key) is not None and self.format not in ("auto", "ternary"):
+                raise OptionError(f"options '{key}' and 'format' contradict: '{key}' is for format ternary or auto")
         for key in ("ignore", "rules"):
             value = getattr(self, key)
             if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):

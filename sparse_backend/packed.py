@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -42,12 +42,14 @@ class PackedWeight:
         shape: (N, K), out_features and in_features.
         dtype: dtype of the stored values.
         tensors: the form's tensors by name, as the format's specification lists them.
+        attributes: what a format must know besides its tensors, as JSON values (bits, group_size, ...).
     """
 
     format: str
     shape: tuple[int, int]
     dtype: torch.dtype
     tensors: dict[str, torch.Tensor]
+    attributes: dict[str, Any] = dataclasses.field(default_factory=dict)
     _machine: dict[str, MachineWeight] = dataclasses.field(default_factory=dict, repr=False, compare=False)
 
     def __post_init__(self) -> None:

@@ -31,6 +31,7 @@ class Report:
     """Projections in the order they came."""
 
     lines: list[Line] = dataclasses.field(default_factory=list)
+    changed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
     def add_packed(self, module: str, format: str, dense_bytes: int, packed_bytes: int) -> None:
         """A projection stored in a sparse format."""
@@ -39,6 +40,11 @@ class Report:
     def add_dense(self, module: str, dense_bytes: int, reason: str) -> None:
         """A projection left dense, and why."""
         self.lines.append(Line(module, "dense", dense_bytes, dense_bytes, reason))
+
+    def note(self, what: str | None) -> None:
+        """Count a weight that options changed: `pruned` or `rounded`; None is none."""
+        if what is not None:
+            self.changed[what] += 1
 
     @property
     def packed_count(self) -> int:

@@ -36,7 +36,7 @@ def python_lm() -> Path:
 def python_lm_50(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The shipped model, pruned to 50% and compiled."""
     from sparse_backend import Options
-    from sparse_backend.compiler.convert import compile_checkpoint
+    from sparse_backend.compiler.compile import compile_checkpoint
 
     target = tmp_path_factory.mktemp("models") / "python-lm-50"
     compile_checkpoint(PYTHON_LM, target, Options(sparsity=0.5))

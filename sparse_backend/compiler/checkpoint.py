@@ -26,7 +26,7 @@ from ..packed import PackedWeight
 METADATA_KEY = "sparse_backend"
 FORMAT_VERSION = 1
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")
-_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 INDEX = "model.safetensors.index.json"
 RECOMPILE = "compile the original checkpoint again"
 
@@ -40,10 +40,12 @@ class ModuleEntry:
     dtype: str
     crc32: Mapping[str, int]
     file: Path
+    attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """The metadata's form of the entry; the file is where it is written."""
-        return {"format": self.format, "shape": list(self.shape), "dtype": self.dtype, "crc32": dict(self.crc32)}
+        entry = {"format": self.format, "shape": list(self.shape), "dtype": self.dtype, "crc32": dict(self.crc32)}
+        return {**entry, "attributes": dict(self.attributes)} if self.attributes else entry
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +196,8 @@ def _read_shard(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dic
         )
     modules = {}
     for name, e in entries.items():
-        entry = ModuleEntry(e["format"], (e["shape"][0], e["shape"][1]), e["dtype"], e["crc32"], path)
+        shape = (e["shape"][0], e["shape"][1])
+        entry = ModuleEntry(e["format"], shape, e["dtype"], e["crc32"], path, e.get("attributes", {}))
         for tensor in get_format(entry.format).tensors:
             if f"{name}.{entry.format}.{tensor.name}" not in tensors:
                 raise CheckpointError(f"{path}: module {name} lacks its tensor '{tensor.name}'; {RECOMPILE}")
@@ -212,7 +215,7 @@ def assemble(name: str, entry: ModuleEntry, tensors: dict[str, torch.Tensor]) ->
         for key, tensor in tensors.items():
             if checksum(tensor) != entry.crc32[key]:
                 raise WeightError(f"tensor '{key}' does not match its checksum")
-        return PackedWeight(entry.format, entry.shape, _DTYPES[entry.dtype], tensors)
+        return PackedWeight(entry.format, entry.shape, _DTYPES[entry.dtype], tensors, dict(entry.attributes))
     except (WeightError, KeyError) as error:
         raise CheckpointError(f"{entry.file}: module {name} is damaged ({error}); {RECOMPILE}") from None
 

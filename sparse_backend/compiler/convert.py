@@ -1,25 +1,24 @@
-"""Turn a plain checkpoint into a compiled one, tensor by tensor."""
+"""What becomes of one weight, and how compiled shards are written: for the CLI and the engines."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import shutil
-import tempfile
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from ..api import convert_values, pack
-from ..errors import CheckpointError, OptionError, WeightError
+from ..api import convert_values
+from ..errors import WeightError
+from ..formats import get_format
 from ..options import Options
 from ..packed import PackedWeight
-from ..report import Report
 from . import checkpoint, plan, prune
 from .checkpoint import ModuleEntry
 
@@ -48,18 +47,36 @@ def why_not_projection(module: str) -> str | None:
     return None
 
 
-def prune_weight(module: str, weight: torch.Tensor, options: Options) -> torch.Tensor:
-    """The weight of one HF module, pruned as its options say.
+def is_projection(module: str) -> bool:
+    """Whether a module's 2-D weight is a linear projection."""
+    return why_not_projection(module) is None
+
+
+def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """The dtype config.json names for the model's weights; bfloat16 if it names none."""
+    name = str(config.get("dtype") or config.get("torch_dtype") or "bfloat16").removeprefix("torch.")
+    dtype = getattr(torch, name, None)
+    return dtype if dtype in PRUNABLE_DTYPES else torch.bfloat16
+
+
+def change_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[torch.Tensor, str | None]:
+    """The weight of one HF module as its options ask for, and `pruned`, `rounded` or None.
+
+    What depends on the whole weight happens here, before an engine shards it.
 
     Raises:
         WeightError: naming the module.
     """
-    if not options.sparsity:
-        return weight
+    what = None
     try:
-        return prune.METHODS[options.method](weight, options.sparsity)
+        if options.sparsity:
+            weight, what = prune.METHODS[options.method](weight, options.sparsity), "pruned"
+        if options.format == "ternary":
+            ternary = get_format("ternary").round(weight, options)
+            weight, what = ternary, what if ternary is weight else "rounded"
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None
+    return weight, what
 
 
 def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[PackedWeight | None, str]:
@@ -74,12 +91,18 @@ def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[Pa
         decision = plan.choose(weight, options)
         if decision.format == "dense":
             return None, decision.reason
-        return pack(weight, decision.format), decision.reason
+        options = dataclasses.replace(options, format=decision.format, **_unused_by(decision.format))
+        return get_format(decision.format).pack(weight, options), decision.reason
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None
 
 
-class _Writer:
+def _unused_by(format: str) -> dict[str, Any]:
+    """Options that only ternary weights have, for the others."""
+    return {} if format == "ternary" else {"bits": None, "group_size": None}
+
+
+class Writer:
     """Collects tensors and writes a shard whenever enough have come."""
 
     def __init__(self, folder: Path) -> None:
@@ -94,18 +117,23 @@ class _Writer:
         self.bytes = 0
 
     def add(self, name: str, tensor: torch.Tensor) -> None:
+        """A tensor under its own name."""
         self.tensors[name] = tensor.contiguous()
         self.bytes += tensor.nbytes
 
     def add_packed(self, module: str, packed: PackedWeight) -> None:
+        """The tensors of a packed module, with their checksums."""
         crcs = {}
         for name, tensor in packed.tensors.items():
             self.add(f"{module}.{packed.format}.{name}", tensor)
             crcs[name] = checkpoint.checksum(tensor)
         dtype = str(packed.dtype).removeprefix("torch.")
-        self.modules[module] = ModuleEntry(packed.format, packed.shape, dtype, crcs, self.folder).to_json()
+        self.modules[module] = ModuleEntry(
+            packed.format, packed.shape, dtype, crcs, self.folder, packed.attributes
+        ).to_json()
 
     def flush(self, at_least: int = 0) -> None:
+        """Write a shard if at least so many bytes are waiting."""
         if not self.tensors or self.bytes < at_least:
             return
         path = self.folder / f"shard-{len(self.shards) + 1}.safetensors"
@@ -133,7 +161,7 @@ class _Writer:
             path.rename(self.folder / final)
             weight_map.update(dict.fromkeys(names, final))
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        _write_json(self.folder / "model.safetensors.index.json", index)
+        write_json(self.folder / "model.safetensors.index.json", index)
 
 
 # safetensors' own names, as a shard's header spells them.
@@ -150,12 +178,14 @@ def _sync(path: Path) -> None:
         os.fsync(f.fileno())
 
 
-def _write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any) -> None:
+    """Write a JSON file and wait until it is on disk."""
     path.write_text(json.dumps(data, indent=2) + "\n")
     _sync(path)
 
 
-def _copy_other_files(source: Path, target: Path) -> None:
+def copy_other_files(source: Path, target: Path) -> None:
+    """Copy all of a checkpoint that is neither weights nor config.json."""
     for entry in sorted(source.iterdir()):
         if entry.name.startswith(".") or entry.name == "config.json":
             continue
@@ -168,110 +198,3 @@ def _copy_other_files(source: Path, target: Path) -> None:
             shutil.copytree(entry, target / entry.name, ignore=shutil.ignore_patterns(*others))
         else:
             shutil.copyfile(entry, target / entry.name)
-
-
-def compile_checkpoint(
-    source: str | Path,
-    target: str | Path,
-    options: Options,
-    progress: Callable[[int, int, str], None] | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> Report:
-    """Write a compiled copy of a plain checkpoint.
-
-    Reads one tensor at a time and holds at most one output shard. The result appears under
-    its name only when it is whole; the source is only read.
-
-    Args:
-        source: folder in HF layout with safetensors shards.
-        target: folder to create.
-        options: what to do; written to config.json.
-        progress: called as (bytes done, bytes in all, tensor name).
-        max_shard_bytes: size at which an output shard is closed.
-
-    Returns:
-        What became of every projection.
-
-    Raises:
-        CheckpointError: the source cannot be read, the target exists or cannot be written.
-        WeightError: a weight holds NaN or Inf.
-        OptionError: nothing would be packed.
-    """
-    source, target = Path(source), Path(target)
-    info = checkpoint.read(source)
-    quantization = info.config.get("quantization_config")
-    if quantization is not None:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(f"{source}: is already quantised ({method}); compile the original checkpoint")
-    if target.exists():
-        raise CheckpointError(f"{target}: exists already; remove it or choose another name")
-    if not any(
-        n.endswith(".weight") and why_not_projection(n.removesuffix(".weight")) is None and len(shape) == 2
-        for n, (_, shape) in info.tensors.items()
-    ):
-        raise CheckpointError(f"{source}: has no linear projection to convert (no 2-D '<module>.weight' tensor)")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
-        work.chmod(0o755)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}") from None
-    try:
-        report = _convert(info, work, options, progress, max_shard_bytes)
-        _copy_other_files(source, work)
-        _write_json(work / "config.json", {**info.config, "quantization_config": options.to_dict()})
-        work.rename(target)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}; nothing was left behind") from None
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return report
-
-
-def _convert(
-    info: checkpoint.Checkpoint,
-    work: Path,
-    options: Options,
-    progress: Callable[[int, int, str], None] | None,
-    max_shard_bytes: int,
-) -> Report:
-    report = Report()
-    writer = _Writer(work)
-    total = sum(path.stat().st_size for path in info.files)
-    done = 0
-    for path in info.files:
-        with checkpoint.open_shard(path) as shard:
-            for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
-                tensor = shard.get_tensor(name)
-                done += tensor.nbytes
-                _convert_tensor(name, tensor, options, writer, report)
-                writer.flush(max_shard_bytes)
-                if progress is not None:
-                    progress(done, total, name)
-    if not report.packed_count:
-        reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dense_reasons().items())
-        raise OptionError(f"{info.folder}: nothing to pack ({reasons or 'no projection'}); pass --sparsity to prune")
-    writer.finish()
-    return report
-
-
-def _convert_tensor(name: str, tensor: torch.Tensor, options: Options, writer: _Writer, report: Report) -> None:
-    module = name.removesuffix(".weight")
-    if module == name or tensor.dim() != 2:
-        return writer.add(name, tensor)
-    reason = why_not_projection(module)
-    module_options = options.for_module(module)
-    if reason is None and module_options is None:
-        reason = IGNORED
-    if reason is None and tensor.dtype not in PRUNABLE_DTYPES:
-        reason = f"{str(tensor.dtype).removeprefix('torch.')} weights are left as they are"
-    packed = None
-    if reason is None and module_options is not None:
-        tensor = prune_weight(module, tensor, module_options)
-        packed, reason = pack_weight(module, tensor, module_options)
-    if packed is None:
-        writer.add(name, tensor)
-        report.add_dense(module, tensor.nbytes, reason or "")
-    else:
-        writer.add_packed(module, packed)
-        report.add_packed(module, packed.format, tensor.nbytes, packed.nbytes)

@@ -11,6 +11,8 @@ from ..errors import CheckpointError
 from ..formats import get_format
 from . import checkpoint
 
+_ITEMSIZE = {"float32": 4}
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -21,13 +23,15 @@ class Row:
     count: int
     shape: str
     weights: int
-    nnz: int
+    nnz: int | None
     dense_bytes: int
     packed_bytes: int
 
     @property
-    def zeros(self) -> float:
-        """Share of weights that are not stored."""
+    def zeros(self) -> float | None:
+        """Share of weights that are not stored; None where a header does not tell."""
+        if self.nnz is None:
+            return None
         return 1 - self.nnz / self.weights if self.weights else 0.0
 
     @property
@@ -56,7 +60,10 @@ class Inspection:
                 name,
                 len(rows),
                 "",
-                *(sum(getattr(r, f) for r in rows) for f in ("weights", "nnz", "dense_bytes", "packed_bytes")),
+                sum(r.weights for r in rows),
+                None if any(r.nnz is None for r in rows) else sum(r.nnz or 0 for r in rows),
+                sum(r.dense_bytes for r in rows),
+                sum(r.packed_bytes for r in rows),
             )
             for name, rows in groups.items()
         ]
@@ -77,13 +84,13 @@ def inspect(folder: str | Path, verify: bool = False) -> Inspection:
     rows = []
     for name, entry in sorted(info.modules.items()):
         packed_bytes = 0
-        nnz = 0
+        shapes = {}
         for spec in get_format(entry.format).tensors:
             _, shape = info.tensors[f"{name}.{entry.format}.{spec.name}"]
-            size = spec.dtype.itemsize if spec.dtype else 2
+            size = spec.dtype.itemsize if spec.dtype else _ITEMSIZE.get(entry.dtype, 2)
             packed_bytes += math.prod(shape) * size
-            if spec.dtype is None:
-                nnz = math.prod(shape)
+            shapes[spec.name] = shape
+        nnz = get_format(entry.format).nnz(shapes)
         weights = entry.shape[0] * entry.shape[1]
         shape_text = f"{entry.shape[0]} x {entry.shape[1]}"
         rows.append(

@@ -38,17 +38,17 @@ def choose(weight: torch.Tensor, options: Options) -> Decision:
         return Decision(options.format, f"format {options.format} was asked for")
     if weight.numel() == 0:
         return Decision("dense", "the weight is empty")
-    shape = (weight.shape[0], weight.shape[1])
     nnz = int(torch.count_nonzero(weight))
     dense_bytes = weight.numel() * weight.dtype.itemsize
     zeros = 1 - nnz / weight.numel()
-    candidates = [f for f in FORMATS.values() if f.lossless and weight.dtype in f.dtypes]
+    sizes = {f.name: f.lossless_nbytes(weight, nnz, options) for f in FORMATS.values() if weight.dtype in f.dtypes}
+    candidates = {name: size for name, size in sizes.items() if size is not None}
     if not candidates:
         name = str(weight.dtype).removeprefix("torch.")
         return Decision("dense", f"{name} weights: no lossless format (values bf16 or fp16 would round)")
-    best = min(candidates, key=lambda f: f.nbytes(shape, nnz, weight.dtype))
-    ratio = best.nbytes(shape, nnz, weight.dtype) / dense_bytes
+    best = min(candidates, key=lambda name: candidates[name])
+    ratio = candidates[best] / dense_bytes
     if ratio > 1 - MIN_SAVING:
         # Grouped in summaries, so the reason names no number that differs by layer.
         return Decision("dense", "too few zeros for a sparse format to be smaller (prune with --sparsity)")
-    return Decision(best.name, f"{zeros:.0%} zeros: {ratio:.0%} of the dense bytes")
+    return Decision(best, f"{zeros:.0%} zeros: {ratio:.0%} of the dense bytes")

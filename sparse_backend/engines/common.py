@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,10 +13,13 @@ import torch
 
 from .. import __version__
 from ..compiler import checkpoint, convert
+from ..compiler.bitnet import METHOD as BITNET
+from ..compiler.bitnet import BitNet
 from ..errors import CheckpointError, OptionError, WeightError
+from ..formats.ternary import Ternary
 from ..kernels import registry
 from ..options import COMPILE_TIME_KEYS, QUANT_METHOD, Options
-from ..packed import MachineWeight
+from ..packed import MachineWeight, PackedWeight
 from ..report import Report
 
 
@@ -90,6 +93,11 @@ class Names:
         parts = [f"{parent}.{part}" if parent else part for part in self.merged.get(last, [last])]
         return [self.renamed.get(part, part) for part in parts]
 
+    def parts(self, prefix: str, sizes: Sequence[int]) -> list[tuple[str, int]]:
+        """(HF name, output features on this rank) of each part; empty if the engine merges others than it names."""
+        names = self.hf_parts(prefix)
+        return list(zip(names, sizes, strict=True)) if len(names) == len(sizes) else []
+
 
 def options_for(options: Options, names: Names, prefix: str) -> tuple[Options | None, str]:
     """The options of one engine module; or None and why it is left alone.
@@ -116,6 +124,16 @@ def options_for(options: Options, names: Names, prefix: str) -> tuple[Options | 
 class ConfigAnswers:
     """What both engines ask of a quantisation config, with the same answers. Mixed in first."""
 
+    @staticmethod
+    def options_of(config: Mapping[str, Any]) -> Options:
+        """Options from config.json's quantization_config: ours, or a BitNet checkpoint's (all defaults)."""
+        return Options() if config.get("quant_method") == BITNET else Options.from_dict(config)
+
+    @classmethod
+    def override_quantization_method(cls, config: Any, user: str | None = None, **_: Any) -> str | None:
+        """Claim BitNet checkpoints, which no engine runs by itself."""
+        return QUANT_METHOD if isinstance(config, Mapping) and config.get("quant_method") == BITNET else None
+
     @classmethod
     def get_name(cls) -> str:
         """The method's name in flags and config.json."""
@@ -137,9 +155,14 @@ class ConfigAnswers:
 
 
 class LayerKernel:
-    """The op of one engine layer and the names of the parameters it reads."""
+    """The op of one engine layer and the names of the parameters it reads.
 
-    def __init__(self, layer: torch.nn.Module, machine: MachineWeight) -> None:
+    Attributes:
+        int8_activations: the layer makes its input int8 by each token's largest magnitude: where
+            tensor parallelism cuts the input, the ranks have to agree on that.
+    """
+
+    def __init__(self, layer: torch.nn.Module, machine: MachineWeight, int8_activations: bool = False) -> None:
         """Replace the layer's dense weight by the machine form's tensors."""
         del layer.weight
         for name, tensor in machine.tensors.items():
@@ -147,47 +170,124 @@ class LayerKernel:
         self.names = tuple(machine.tensors)
         self.op = registry.kernel(machine.format).function()
         self.out_features = machine.shape[0]
+        self.int8_activations = int8_activations
 
-    def __call__(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """y [..., N] = x [..., K] W^T + bias."""
-        y: torch.Tensor = self.op(x, *[getattr(layer, name) for name in self.names], bias, self.out_features)
+    def __call__(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        absmax: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """y [..., N] = x [..., K] W^T + bias; `absmax` [tokens] float32 as the op takes it."""
+        tensors = [getattr(layer, name) for name in self.names]
+        extra = () if absmax is None else (absmax,)
+        y: torch.Tensor = self.op(x, *tensors, bias, self.out_features, *extra)
         return y
+
+
+class NormedKernel(LayerKernel):
+    """Parts of one layer, each behind an RMSNorm of its own (BitNet's `use_rms_norm`)."""
+
+    def __init__(
+        self, layer: torch.nn.Module, machines: Sequence[MachineWeight], norms: Sequence[torch.Tensor], eps: float
+    ) -> None:
+        del layer.weight
+        self.parts: list[tuple[list[str], int]] = []
+        for i, (machine, norm) in enumerate(zip(machines, norms, strict=True)):
+            tensors = {"norm": norm, **machine.tensors}
+            names = [f"part{i}_{name}" for name in tensors]
+            for name, tensor in zip(names, tensors.values(), strict=True):
+                layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
+            self.parts.append((names, machine.shape[0]))
+        self.op = registry.kernel(machines[0].format).function()
+        self.eps = eps
+        self.int8_activations = False
+
+    def __call__(
+        self,
+        layer: torch.nn.Module,
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        absmax: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As transformers' LlamaRMSNorm before each BitLinear: normalised in float32, rounded, scaled."""
+        full = x.float()
+        normed = (full * torch.rsqrt(full.pow(2).mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+        outputs = []
+        for (norm, *names), out_features in self.parts:
+            tensors = [getattr(layer, name) for name in names]
+            outputs.append(self.op(getattr(layer, norm) * normed, *tensors, None, out_features))
+        y = torch.cat(outputs, dim=-1) if len(outputs) > 1 else outputs[0]
+        return y if bias is None else y + bias
+
+
+def _one_magnitude(weight: torch.Tensor) -> float | None:
+    """The scale of a ternary weight that has one for all, else None."""
+    magnitude = weight.abs()
+    largest = magnitude.max() if weight.numel() else weight.new_zeros(())
+    return float(largest) if ((magnitude == 0) | (magnitude == largest)).all() else None
 
 
 @dataclasses.dataclass
 class Loading:
-    """Packs a model's projections and sums up what happened; one per model load."""
+    """Packs a model's projections and sums up what happened; one per model load.
+
+    Attributes:
+        report: what became of every projection.
+        bitnet: how a BitNet checkpoint stores its layers; None for others.
+        scales: exact scale of HF modules that have one, where the engine's dtype rounds it.
+    """
 
     report: Report = dataclasses.field(default_factory=Report)
-    pruned: int = 0
+    bitnet: BitNet | None = None
+    scales: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def weights(
         self,
         weights: Iterable[tuple[str, torch.Tensor]],
         modules: Mapping[str, checkpoint.ModuleEntry],
         options: Options,
+        dtype: torch.dtype,
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The checkpoint's tensors as the engine wants them: dense, pruned if asked, not yet sharded.
+        """The checkpoint's tensors as the engine wants them: dense, changed if asked, not yet sharded.
 
-        A compiled checkpoint (one with `modules`) is never pruned again.
+        A compiled checkpoint (one with `modules`) is never changed again. `dtype` is the engine's.
         """
-        for name, tensor in checkpoint.expand(weights, modules):
+        stream = checkpoint.expand(weights, modules)
+        if self.bitnet is not None:
+            stream = self.bitnet.expand(stream, convert.is_projection, dtype)
+            self.scales = self.bitnet.scales
+        for name, tensor in stream:
             module = name.removesuffix(".weight")
+            entry = modules.get(module)
+            if entry is not None and entry.format == "ternary" and entry.dtype == "float32" != str(dtype)[6:]:
+                scale = _one_magnitude(tensor)
+                if scale is not None:
+                    self.scales[module] = scale
             is_weight = module != name and tensor.dim() == 2 and tensor.dtype in convert.PRUNABLE_DTYPES
-            if not modules and is_weight and convert.why_not_projection(module) is None:
+            if not modules and is_weight and convert.is_projection(module):
                 module_options = options.for_module(module)
-                if module_options is not None and module_options.sparsity:
-                    tensor = convert.prune_weight(module, tensor, module_options)
-                    self.pruned += 1
+                if module_options is not None:
+                    tensor, what = convert.change_weight(module, tensor, module_options)
+                    self.report.note(what)
             yield name, tensor
 
-    def convert(self, layer: torch.nn.Module, prefix: str, options: Options | None, reason: str) -> LayerKernel | None:
+    def convert(
+        self,
+        layer: torch.nn.Module,
+        prefix: str,
+        options: Options | None,
+        reason: str,
+        parts: Sequence[tuple[str, int]] = (),
+    ) -> LayerKernel | None:
         """Pack the weight of an engine's layer in place; None if it stays dense.
 
         Args:
             layer: has `weight` [N, K], whole and of this rank.
             prefix: the engine's name of the layer.
             options: of this layer, None if it is left alone for `reason`.
+            parts: (HF module, output features on this rank) of what the engine merged into it.
 
         Raises:
             WeightError: naming the module, for NaN or Inf.
@@ -198,14 +298,68 @@ class Loading:
             return None
         if torch.isnan(weight).any():
             raise WeightError(f"{prefix}: weight has NaN values, or is missing from the checkpoint; {convert.FIX}")
+        if options.activations is None and self.bitnet is not None:
+            options = dataclasses.replace(options, activations="int8")
+        norms = self._norms(prefix, parts)
+        if norms:
+            return self._convert_parts(layer, prefix, options, parts, norms)
         packed, reason = convert.pack_weight(prefix, weight, options)
         if packed is None:
             self.report.add_dense(prefix, weight.nbytes, reason)
             return None
+        packed = self._exact(packed, parts)
         registry.select(packed.format, weight.device.type, packed.dtype)
         machine = packed.lower()
         self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
-        return LayerKernel(layer, machine)
+        if packed.format == "int8":
+            self.report.note("rounded")
+        return LayerKernel(layer, machine, int8_activations=packed.attributes.get("activations") == "int8")
+
+    def _exact(self, packed: PackedWeight, parts: Sequence[tuple[str, int]]) -> PackedWeight:
+        """The packed weight under its checkpoint's own scales, where the engine's dtype rounded them."""
+        if packed.format != "ternary" or packed.attributes["group_size"] or not any(n in self.scales for n, _ in parts):
+            return packed
+        scales = packed.tensors["scales"].float().expand(packed.shape[0], 1).clone()
+        first = 0
+        for name, count in parts:
+            if name in self.scales:
+                scales[first : first + count] = self.scales[name]
+            first += count
+        return Ternary().rescale(packed, scales[:1].clone() if (scales == scales[0]).all() else scales)
+
+    def _norms(self, prefix: str, parts: Sequence[tuple[str, int]]) -> list[torch.Tensor]:
+        """The norm of each part's input, for BitNet layers that have their own (`use_rms_norm`)."""
+        if self.bitnet is None or self.bitnet.rms_norm_eps is None:
+            return []
+        norms = [self.bitnet.norms[name] for name, _ in parts if name in self.bitnet.norms]
+        if norms and len(norms) != len(parts):
+            raise CheckpointError(f"{prefix}: some of its parts have an rms_norm in the checkpoint, some have none")
+        return norms
+
+    def _convert_parts(
+        self,
+        layer: torch.nn.Module,
+        prefix: str,
+        options: Options,
+        parts: Sequence[tuple[str, int]],
+        norms: list[torch.Tensor],
+    ) -> LayerKernel:
+        """Pack the parts of a merged layer apart: each normalises and rounds its input for itself."""
+        weight = cast(torch.Tensor, layer.weight).data
+        if weight.shape[1] != norms[0].shape[0]:
+            raise CheckpointError(
+                f"{prefix}: its norm is over {norms[0].shape[0]} inputs, this rank has {weight.shape[1]} of them; "
+                "serve checkpoints with use_rms_norm without tensor parallelism"
+            )
+        machines = []
+        for part, (name, count) in zip(torch.split(weight, [count for _, count in parts]), parts, strict=True):
+            packed, reason = convert.pack_weight(name, part.contiguous(), options)
+            if packed is None:
+                raise WeightError(f"{name}: cannot stay dense behind its own norm ({reason})")
+            machines.append(self._exact(packed, [(name, count)]).lower())
+        self.report.add_packed(prefix, machines[0].format, weight.nbytes, sum(m.nbytes for m in machines))
+        eps = cast(BitNet, self.bitnet).rms_norm_eps
+        return NormedKernel(layer, machines, norms, cast(float, eps))
 
     def digest(self) -> str:
         """Of what became of every projection: engines that cache compiled graphs must hash it."""
@@ -222,8 +376,11 @@ class Loading:
         if not any(line.reason != convert.IGNORED for line in lines):
             why = "'ignore' covers all of them" if lines else "none of its layers is a linear layer of the engine"
             raise OptionError(f"{QUANT_METHOD}: no projection to convert: {why}; change 'ignore' or drop the flag")
-        if self.pruned:
-            log(f"{self.pruned} projections pruned as asked ('sparsity'): not the checkpoint's function any more")
+        for what, count in self.report.changed.items():
+            option = {"pruned": "sparsity", "rounded": "format"}[what]
+            log(f"{count} projections {what} as asked ('{option}'): not the checkpoint's function any more")
+        if self.bitnet is not None:
+            log("BitNet checkpoint: ternary weights, int8 activations per token, as it was trained")
         if options.values is not None or any(rule.get("values") for rule in options.rules):
             log("values converted as asked ('values'): rounding may change the checkpoint's function")
         for line in self.report.summary():

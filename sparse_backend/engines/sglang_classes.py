@@ -20,6 +20,8 @@ from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 from sglang.srt.server_args import add_quantization_method_choices
 
+from ..compiler.bitnet import BitNet
+from ..errors import OptionError
 from ..options import QUANT_METHOD, Options
 from . import common
 
@@ -43,7 +45,9 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
     def from_config(cls, config: dict[str, Any]) -> SparseCompiledConfig:
         # SGLang adds two keys of its own to the checkpoint's.
         own = {k: v for k, v in config.items() if k not in ("packed_modules_mapping", "hf_config")}
-        result = cls(Options.from_dict(own))
+        result = cls(cls.options_of(own))
+        if result.options.lm_head != "keep":
+            raise OptionError("option 'lm_head' is not available on SGLang yet; allowed: keep")
         result.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
         return result
 
@@ -69,8 +73,16 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.done = False
         self.kernel: common.LayerKernel | None = None
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
-        super().create_weights(layer, *args, **kwargs)
+    def create_weights(
+        self,
+        layer: torch.nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super().create_weights(layer, input_size_per_partition, output_partition_sizes, *args, **kwargs)
+        self.sizes = output_partition_sizes
         # What the checkpoint lacks stays NaN and is refused; SGLang itself would not notice.
         cast(torch.Tensor, layer.weight).data.fill_(float("nan"))
 
@@ -78,7 +90,8 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         if self.done:
             return
         self.done = True
-        self.kernel = self.config.loading.convert(layer, self.prefix, self.options, self.reason)
+        parts = self.config.names.parts(self.prefix, self.sizes)
+        self.kernel = self.config.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             super().process_weights_after_loading(layer)
 
@@ -109,10 +122,12 @@ def _all_weights(
     first = next(weights, None)  # by now a model from the hub has been downloaded
     info = common.read_checkpoint(model_config.model_path, model_config.revision)
     modules = {} if info is None else info.modules
+    if info is not None:
+        config.loading.bitnet = BitNet.of(info.config, info.tensors)
     if info is not None and modules:
         common.check_compile_time_keys(config.options, info)
     stream = itertools.chain([] if first is None else [first], weights)
-    return config.loading.weights(stream, modules, config.options)
+    return config.loading.weights(stream, modules, config.options, model_config.dtype)
 
 
 def _load_model(original: Callable[..., torch.nn.Module], *args: Any, **kwargs: Any) -> torch.nn.Module:

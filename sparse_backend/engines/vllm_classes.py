@@ -17,19 +17,24 @@ from collections.abc import Generator
 from typing import Any, cast
 
 import torch
+from vllm.distributed import tensor_model_parallel_all_gather
 from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    RowParallelLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader import _LOAD_FORMAT_TO_MODEL_LOADER, DefaultModelLoader
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info, initialize_online_processing
+from vllm.model_executor.models import ModelRegistry
 from vllm.model_executor.parameter import ModelWeightParameter
 
+from ..compiler.bitnet import BitNet
 from ..errors import CheckpointError
 from ..options import QUANT_METHOD, Options
 from . import common
@@ -50,7 +55,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseCompiledConfig:
-        return cls(Options.from_dict(config))
+        return cls(cls.options_of(config))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         info = common.read_checkpoint(model_name, revision)
@@ -58,6 +63,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
             return
         if info.modules:
             common.check_compile_time_keys(self.options, info)
+        self.loading.bitnet = BitNet.of(info.config, info.tensors)
         self.modules = info.modules
         self.hf_modules = info.module_names()
 
@@ -65,6 +71,8 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         self.names.learn(self.hf_modules, hf_to_vllm_mapper.map_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
+        if isinstance(layer, ParallelLMHead) and self.options.lm_head != "keep":
+            return SparseCompiledHeadMethod(self, prefix)
         if not isinstance(layer, LinearBase):
             return None
         self.names.merged = self.packed_modules_mapping
@@ -79,6 +87,7 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def __init__(self, config: SparseCompiledConfig, prefix: str, options: Options | None, reason: str) -> None:
         self.loading = config.loading
+        self.names = config.names
         self.prefix = prefix
         self.options = options
         self.reason = reason
@@ -95,6 +104,7 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         params_dtype: torch.dtype,
         **extra_weight_attrs: Any,
     ) -> None:
+        self.sizes = output_partition_sizes
         weight = ModelWeightParameter(
             data=torch.empty(sum(output_partition_sizes), input_size_per_partition, device="meta", dtype=params_dtype),
             input_dim=1,
@@ -108,15 +118,41 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if getattr(layer, "_already_called_process_weights_after_loading", False):
             return
         setattr(layer, "_already_called_process_weights_after_loading", True)  # noqa: B010 - vLLM's own mark
-        self.kernel = self.loading.convert(layer, self.prefix, self.options, self.reason)
+        parts = self.names.parts(self.prefix, self.sizes)
+        self.kernel = self.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             self.dense.process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.kernel is not None:
-            return self.kernel(layer, x, bias)
+            absmax = None
+            if self.kernel.int8_activations and isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+                # Each rank sees a part of the token; all round by its largest magnitude, as one would.
+                local = x.abs().amax(dim=-1, keepdim=True).float()
+                absmax = tensor_model_parallel_all_gather(local, dim=-1).amax(dim=-1).flatten()
+            return self.kernel(layer, x, bias, absmax)
         y: torch.Tensor = self.dense.apply(layer, x, bias)
         return y
+
+
+class SparseCompiledHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """The output head under option `lm_head`; a tied one leaves the embedding as it is."""
+
+    def __init__(self, config: SparseCompiledConfig, prefix: str) -> None:
+        super().__init__()
+        self.loading = config.loading
+        self.prefix = prefix
+        self.options = Options(format=config.options.lm_head)
+        self.kernel: common.LayerKernel | None = None
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if self.kernel is None:
+            self.kernel = self.loading.convert(layer, self.prefix, self.options, "")
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.kernel is None:
+            raise RuntimeError(f"{self.prefix}: used before its weights were processed")
+        return self.kernel(layer, x, bias)
 
 
 class SparseCompiledModelLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -134,7 +170,7 @@ class SparseCompiledModelLoader(DefaultModelLoader):  # type: ignore[misc]
         if not config.hf_modules:
             config.maybe_update_config(model_config.model, revision=model_config.revision)
         stream = itertools.chain([] if first is None else [first], weights)
-        yield from config.loading.weights(stream, config.modules, config.options)
+        yield from config.loading.weights(stream, config.modules, config.options, model_config.dtype)
 
     def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
         config = _config_of(model)
@@ -185,6 +221,10 @@ def register() -> None:
     """Register the classes above; idempotent."""
     if QUANT_METHOD not in QUANTIZATION_METHODS:
         register_quantization_config(QUANT_METHOD)(SparseCompiledConfig)
+    # Lazily, by name: a process that serves another model never imports it. What vLLM would do for
+    # this architecture is its slower Transformers backend.
+    if "BitNetForCausalLM" not in ModelRegistry.models:
+        ModelRegistry.register_model("BitNetForCausalLM", f"{__package__}.vllm_bitnet:BitNetForCausalLM")
     # The loaders of files on disk, under the names users already give or leave out: a
     # compiled checkpoint has to load with no flag. For other models nothing changes.
     for load_format, loader in list(_LOAD_FORMAT_TO_MODEL_LOADER.items()):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
 
 from ..errors import WeightError
+from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 
 
@@ -38,15 +40,22 @@ class Format(abc.ABC):
     name: ClassVar[str]
     tensors: ClassVar[tuple[TensorSpec, ...]]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
-    lossless: ClassVar[bool]
 
     @abc.abstractmethod
-    def nbytes(self, shape: tuple[int, int], nnz: int, dtype: torch.dtype) -> int:
-        """Bytes of the canonical form of a weight with `nnz` nonzeros."""
+    def lossless_nbytes(self, weight: torch.Tensor, nnz: int, options: Options) -> int | None:
+        """Bytes of the canonical form if it holds exactly this weight (of one of `dtypes`), else None."""
 
     @abc.abstractmethod
-    def pack(self, weight: torch.Tensor) -> PackedWeight:
+    def pack(self, weight: torch.Tensor, options: Options) -> PackedWeight:
         """Pack [N, K]; WeightError for NaN, Inf or a dtype not in `dtypes`."""
+
+    def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        """Nonzeros of a weight whose tensors have these shapes; None if shapes do not tell."""
+        return None
+
+    def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:
+        """The nearest weight this format holds exactly, as dense [N, K]; the same weight if lossless."""
+        return weight
 
     @abc.abstractmethod
     def unpack(self, packed: PackedWeight) -> torch.Tensor:

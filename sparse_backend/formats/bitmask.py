@@ -8,9 +8,12 @@ csrc/bitmask/layout.h.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from ..errors import WeightError
+from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Format, TensorSpec
 
@@ -19,17 +22,22 @@ class Bitmask(Format):
     """Tensors: `mask` [N, ceil(K/8)] uint8, bit j of byte b is column 8 b + j; `values` [nnz]."""
 
     name = "bitmask"
-    lossless = True
     dtypes = (torch.bfloat16, torch.float16)
     tensors = (
         TensorSpec("mask", torch.uint8, 2, "[N, ceil(K / 8)]"),
         TensorSpec("values", None, 1, "[nnz]"),
     )
 
-    def nbytes(self, shape: tuple[int, int], nnz: int, dtype: torch.dtype) -> int:
-        return shape[0] * ((shape[1] + 7) // 8) + nnz * dtype.itemsize
+    def lossless_nbytes(self, weight: torch.Tensor, nnz: int, options: Options) -> int | None:
+        return weight.shape[0] * ((weight.shape[1] + 7) // 8) + nnz * weight.dtype.itemsize
 
-    def pack(self, weight: torch.Tensor) -> PackedWeight:
+    def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return shapes["values"][0]
+
+    def pack(self, weight: torch.Tensor, options: Options) -> PackedWeight:
+        return self._pack(weight)
+
+    def _pack(self, weight: torch.Tensor) -> PackedWeight:
         from ..kernels import cpu
 
         self.check_weight(weight)
@@ -56,7 +64,7 @@ class Bitmask(Format):
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
         part = self.part(packed.shape[dim], index, count)
         if dim == 1:  # columns are interleaved in `values`: cut the dense form
-            return self.pack(packed.unpack()[:, part].contiguous())
+            return self._pack(packed.unpack()[:, part].contiguous())
         mask = packed.tensors["mask"]
         start, stop = (_bits_set(mask[:n]) for n in (part.start, part.stop))
         shape = (part.stop - part.start, packed.shape[1])

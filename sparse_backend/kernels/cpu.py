@@ -40,6 +40,7 @@ def library() -> ctypes.CDLL:
             f"{path.name} does not load beside torch {torch.__version__} (2.10 or later is needed): {error}"
         ) from None
     lib.sparse_backend_bitmask_kernel.restype = ctypes.c_char_p
+    lib.sparse_backend_lowbit_kernel.restype = ctypes.c_char_p
     forced = envs.isa()
     if forced is not None:  # first: a failed call must leave nothing that a second one trips over
         _set_level(lib, forced, f"{envs.ISA_VARIABLE}={forced}")
@@ -91,9 +92,15 @@ def features() -> dict[str, bool]:
     return {name: bool(bits >> i & 1) for i, name in enumerate(_FEATURES)}
 
 
-def kernel_name(values: torch.dtype, x: torch.dtype) -> str:
-    """The bitmask kernel that runs for these dtypes at the active level."""
-    name: bytes = library().sparse_backend_bitmask_kernel(_DTYPE_CODES[values], _DTYPE_CODES[x])
+def bitmask_kernel(values: torch.dtype) -> str:
+    """The bitmask kernel that runs for values and activations of this dtype at the active level."""
+    name: bytes = library().sparse_backend_bitmask_kernel(_DTYPE_CODES[values], _DTYPE_CODES[values])
+    return name.decode()
+
+
+def lowbit_kernel(values: torch.dtype) -> str:
+    """The kernel that runs ternary and int8 weights at the active level, whatever the dtypes."""
+    name: bytes = library().sparse_backend_lowbit_kernel()
     return name.decode()
 
 
@@ -133,6 +140,40 @@ def _register_fakes() -> None:
         offsets = ((panels + 1) * 8 + 63) // 64 * 64
         stream = panels * ((in_features + 63) // 64) * 32 + 2 * values.shape[0]
         return mask.new_empty((64 + offsets + stream + 64,))
+
+    @torch.library.register_fake("sparse_backend::ternary_scan")  # type: ignore[untyped-decorator]
+    def _scan(weight: torch.Tensor, group_size: int) -> tuple[bool, torch.Tensor, torch.Tensor]:
+        raise NotImplementedError("whether a weight is ternary depends on its data")
+
+    @torch.library.register_fake("sparse_backend::ternary_encode")  # type: ignore[untyped-decorator]
+    def _encode(codes: torch.Tensor, per_byte: int) -> torch.Tensor:
+        return codes.new_empty((codes.shape[0], (codes.shape[1] + per_byte - 1) // per_byte), dtype=torch.uint8)
+
+    @torch.library.register_fake("sparse_backend::ternary_decode")  # type: ignore[untyped-decorator]
+    def _decode(packed: torch.Tensor, per_byte: int, in_features: int) -> torch.Tensor:
+        return packed.new_empty((packed.shape[0], in_features), dtype=torch.int8)
+
+    @torch.library.register_fake("sparse_backend::lowbit_lower")  # type: ignore[untyped-decorator]
+    def _lowbit_lower(weights: torch.Tensor, per_byte: int, group_size: int, limbs: int) -> torch.Tensor:
+        # The same sum as make_plan() in csrc/lowbit/layout.h; opcheck compares them.
+        n, k = weights.shape
+        block = 5 * (32 if group_size else 4)
+        trits = k // block * block if per_byte == 5 else 0
+        rest = 0 if per_byte == 1 else k - trits
+        lines = trits // 20 + rest // 16 + ((k + 3) // 4 if per_byte == 1 else 0)
+        panel = 64 * lines + 16 * ((rest % 16 + 3) // 4)
+        return weights.new_empty((128 + (n + 15) // 16 * panel,), dtype=torch.uint8)
+
+    @torch.library.register_fake("sparse_backend::lowbit_linear")  # type: ignore[untyped-decorator]
+    def _lowbit_linear(
+        x: torch.Tensor,
+        packed: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None,
+        out_features: int,
+        absmax: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return x.new_empty((*x.shape[:-1], out_features))
 
     @torch.library.register_fake("sparse_backend::bitmask_linear")  # type: ignore[untyped-decorator]
     def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:

@@ -22,6 +22,7 @@ class Kernel:
         device: torch device type.
         op: name under torch.ops.sparse_backend; called as op(x, *tensors, bias, N).
         values: dtypes of stored values it takes.
+        implementation: the name of the code that would run for values of a dtype.
         isas: levels it has code for; a level absent here uses the next lower one.
     """
 
@@ -30,6 +31,7 @@ class Kernel:
     op: str
     values: tuple[torch.dtype, ...]
     isas: tuple[str, ...]
+    implementation: Callable[[torch.dtype], str]
     _resolved: list[Callable[..., Any]] = dataclasses.field(default_factory=list, repr=False, compare=False)
 
     def function(self) -> Callable[..., Any]:
@@ -50,7 +52,14 @@ class Kernel:
         return self.call(x, tuple(weight.tensors.values()), bias, weight.shape[0])
 
 
-KERNELS = (Kernel("bitmask", "cpu", "bitmask_linear", (torch.bfloat16, torch.float16), cpu.ISA_LEVELS),)
+_HALVES = (torch.bfloat16, torch.float16)
+_FLOATS = (*_HALVES, torch.float32)
+
+KERNELS = (
+    Kernel("bitmask", "cpu", "bitmask_linear", _HALVES, cpu.ISA_LEVELS, cpu.bitmask_kernel),
+    Kernel("ternary", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
+    Kernel("int8", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
+)
 _BY_FORMAT = {k.format: k for k in KERNELS}
 
 
@@ -80,5 +89,5 @@ def select(format: str, device: str, values: torch.dtype, isa: str | None = None
         raise OptionError(f"no {format} kernel for values of {values}; there are: {', '.join(map(str, row.values))}")
     if isa is not None and isa not in cpu.available_levels():
         raise IsaError(f"this machine has no level '{isa}'; it has {', '.join(cpu.available_levels())}")
-    name = cpu.kernel_name(values, values)
+    name = row.implementation(values)
     return row, f"{row.op} ({name}): best level of this machine" if isa is None else f"{row.op} at {isa}: asked for"

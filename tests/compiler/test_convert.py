@@ -19,7 +19,8 @@ from safetensors.torch import load_file, save_file
 
 from sparse_backend import CheckpointError, OptionError, Options, WeightError
 from sparse_backend.compiler import checkpoint, prune
-from sparse_backend.compiler.convert import compile_checkpoint, why_not_projection
+from sparse_backend.compiler.compile import compile_checkpoint
+from sparse_backend.compiler.convert import why_not_projection
 
 
 def make_model(folder, tensors, config=None):

@@ -13,7 +13,7 @@ from vllm_runner import run
 
 import models
 from sparse_backend import Options
-from sparse_backend.compiler.convert import compile_checkpoint
+from sparse_backend.compiler.compile import compile_checkpoint
 
 PROMPTS = [
     "def main(argv):\n    ",

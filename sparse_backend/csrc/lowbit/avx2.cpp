@@ -18,7 +18,7 @@ struct Avx2 : Ymm {
   static constexpr int kInt8Offset = 0;
 
   static inline Reg dot(Reg sum, Reg codes, Reg x) {
-    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x));
+    return pinned(_mm256_add_epi16(sum, _mm256_maddubs_epi16(codes, x)));
   }
   static inline Reg widen(Reg total, Reg sum) {
     return _mm256_add_epi32(total, _mm256_madd_epi16(sum, _mm256_set1_epi16(1)));

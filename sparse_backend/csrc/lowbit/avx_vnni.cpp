@@ -12,7 +12,7 @@ struct AvxVnni : Ymm {
   static constexpr int64_t kLines2 = kMaxColumns, kLines5 = kMaxColumns, kSteps = kMaxColumns;
   static constexpr int kInt8Offset = 128;
 
-  static inline Reg dot(Reg sum, Reg codes, Reg x) { return _mm256_dpbusd_avx_epi32(sum, codes, x); }
+  static inline Reg dot(Reg sum, Reg codes, Reg x) { return pinned(_mm256_dpbusd_avx_epi32(sum, codes, x)); }
   static inline Reg widen(Reg total, Reg sum) { return add(total, sum); }
   static inline Reg dot8(Reg total, Reg line, Reg x) { return dot(total, line, x); }
 

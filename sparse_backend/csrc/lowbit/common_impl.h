@@ -46,9 +46,9 @@ inline float largest_magnitude(const void* data, int64_t count) {
 template <DType kType>
 inline void quantise_int8(const void* x, int64_t count, float factor, int8_t* out) {
   for (int64_t i = 0; i < count; ++i) {
-    const float scaled = read_float<kType>(x, i) * factor;
-    const float low = scaled < -128.0F ? -128.0F : scaled;
-    out[i] = static_cast<int8_t>(round_to_int(low > 127.0F ? 127.0F : low));
+    const int32_t value = round_to_int(read_float<kType>(x, i) * factor);
+    const int32_t low = value < -127 ? -127 : value;
+    out[i] = static_cast<int8_t>(low > 127 ? 127 : low);
   }
 }
 
