@@ -38,6 +38,7 @@ test-asan: env-vllm
 
 bench: env-vllm
 	@$(VLLM)/python benchmarks/kernels.py
+	@$(VLLM)/python benchmarks/kernels.py --format ternary
 
 lint: env-vllm
 	@$(VLLM)/ruff check .

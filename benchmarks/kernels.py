@@ -1,10 +1,8 @@
 """Kernel speeds against peers: `make bench`, or python benchmarks/kernels.py --help.
 
 For each shape, density, batch and thread count: our kernel, F.linear, vLLM's prepacked
-onednn_mm, torch.sparse CSR, and the time the machine's memory needs for the dense bytes. All
-of them take turns in one loop (this may be a shared machine), each rotates over copies of its
-weight that total 8 times the last-level cache, medians are compared. A result that is wrong
-has no speed.
+onednn_mm, torch.sparse CSR, and the time the machine's memory needs for the dense bytes; with
+--format ternary against llama.cpp's TQ2_0 and TQ1_0 (ternary_kernels.py). contest.py has the rules.
 """
 
 from __future__ import annotations
@@ -19,49 +17,15 @@ from collections.abc import Callable
 from typing import Any
 
 import machine
+import ternary_kernels
 import torch
 import torch.nn.functional as F
-from rich.console import Console
+from contest import Call, Contender, console, copies, dense_peers, fastest, measure
 from rich.table import Table
 from shapes import SHAPES
 
 import sparse_backend as sb
 from sparse_backend.kernels import cpu
-
-console = Console(width=max(110, Console().width))
-Call = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Contender:
-    """One way to compute the layer: copies of its weight, and what a call reads."""
-
-    def __init__(self, name: str, calls: list[Call], nbytes: int) -> None:
-        self.name, self.calls, self.nbytes = name, calls, nbytes
-        self.times: list[float] = []
-        self.turn = 0
-        self.problem = ""
-
-    def check(self, x: torch.Tensor, expected: torch.Tensor) -> None:
-        y = self.calls[0](x).double()
-        error = (y - expected).norm() / expected.norm().clamp_min(1e-30)
-        if not bool(torch.isfinite(y).all()) or error > 2e-2:
-            self.problem = f"WRONG ({error:.1e})"
-
-    def once(self, x: torch.Tensor) -> None:
-        call = self.calls[self.turn % len(self.calls)]
-        self.turn += 1
-        start = time.perf_counter()
-        call(x)
-        self.times.append(time.perf_counter() - start)
-
-    @property
-    def seconds(self) -> float:
-        return statistics.median(self.times)
-
-
-def copies(nbytes: int, make: Callable[[], Call]) -> list[Call]:
-    count = max(2, -(-8 * machine.last_level_cache() // max(1, nbytes)))
-    return [make() for _ in range(min(count, 400))]
 
 
 def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
@@ -74,24 +38,11 @@ def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
         buffer = packed._format().lower(packed).tensors["packed"]
         return lambda x: op(x, buffer, None, n)
 
-    def dense() -> Call:
-        w = machine.huge(torch.empty_like(weight)).copy_(weight)
-        return lambda x: F.linear(x, w)
-
     out = [Contender("bitmask", copies(lowered.nbytes, ours), lowered.nbytes)]
-    out.append(Contender("F.linear", copies(weight.nbytes, dense), weight.nbytes))
+    dense = dense_peers(weight)
     if not peers:
-        return out
-    try:
-        import vllm._custom_ops as ops
-
-        def onednn() -> Call:
-            handle = ops.create_onednn_mm(weight.t(), 32)
-            return lambda x: ops.onednn_mm(handle, x, None)
-
-        out.append(Contender("onednn_mm", copies(weight.nbytes, onednn), weight.nbytes))
-    except RuntimeError as error:
-        console.print(f"onednn_mm does not run here: {str(error).splitlines()[0][:100]}", highlight=False)
+        return [*out, dense[0]]
+    out += dense
     csr = weight.float().to_sparse_csr()
     nbytes = csr.values().nbytes + csr.col_indices().nbytes + csr.crow_indices().nbytes
 
@@ -101,22 +52,6 @@ def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
 
     out.append(Contender("torch.sparse CSR", copies(nbytes, sparse), nbytes))
     return out
-
-
-def measure(group: list[Contender], x: torch.Tensor, budget_s: float) -> None:
-    for c in group:
-        c.times = []
-        if not c.problem:
-            c.once(x)
-            c.times = []
-    start = time.perf_counter()
-    rounds = 0
-    while rounds < 5 or (time.perf_counter() - start < budget_s and rounds < 200):
-        for c in group:
-            # A slow peer need not be measured to three digits.
-            if not c.problem and (rounds < 5 or sum(c.times) < budget_s):
-                c.once(x)
-        rounds += 1
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -150,8 +85,7 @@ def report(
 ) -> list[dict[str, Any]]:
     n, k = weight.shape
     limit = weight.nbytes / gbs / 1e9
-    dense = [c.seconds for c in group if c.name in ("F.linear", "onednn_mm") and not c.problem]
-    best_dense = min(dense) if dense else float("nan")
+    best_dense = fastest(group, ("F.linear", "onednn_mm"))
     table = Table(
         "", "ms", "GB/s", "bits/weight", "over best dense", "over dense byte limit",
         title=f"{shape} {n}x{k}, {zeros:.0%} zeros, batch {batch}, {threads} thread(s); memory reads {gbs:.1f} GB/s, "
@@ -220,8 +154,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     names = list(SHAPES)
     parser.add_argument("--shapes", nargs="+", choices=names, default=names[:2], metavar="NAME", help=", ".join(names))
+    parser.add_argument("--format", choices=("bitmask", "ternary"), default="bitmask")
     parser.add_argument("--zeros", nargs="+", type=float, default=[0.5, 0.7, 0.9], help="shares of zeros")
-    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--batch", nargs="+", type=int, help="default: 1 8 64; ternary 1 8 128 512")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, torch.get_num_threads()}))
     parser.add_argument("--seconds", type=float, default=2.0, help="time per measurement and contender")
     parser.add_argument("--no-peers", action="store_true", help="only F.linear beside our kernel")
@@ -231,6 +166,12 @@ def main() -> int:
     cpu.library()
     console.print_json(json.dumps(about))
     torch.set_num_threads(max(args.threads))
+    if args.format == "ternary":
+        rows = ternary_kernels.run(args)
+        if args.save and rows:
+            machine.save_results(args.save, rows, {"date": datetime.date.today().isoformat(), "machine": about})
+        return 0
+    args.batch = args.batch or [1, 8, 64]
     rows = run(args)
     torch.set_num_threads(max(args.threads))
     small, speed = overhead(), packing()

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from sparse_backend.diagnosis import cpu_model
-from sparse_backend.kernels import cpu
+from sparse_backend.kernels import cpu, registry
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "isa": cpu.active_isa(),
-        "kernel": cpu.kernel_name(torch.bfloat16, torch.bfloat16),
+        "kernels": {row.format: row.implementation(torch.bfloat16) for row in registry.KERNELS},
         "last_level_cache_mb": last_level_cache() / 2**20,
         "python": platform.python_version(),
         "torch": torch.__version__,
