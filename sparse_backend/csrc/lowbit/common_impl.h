@@ -127,6 +127,10 @@ void prepare(const PrepareArgs& a) {
 
 template <DType kType>
 inline void read_floats(const void* data, int64_t first, int64_t count, float out[kUnitRows]) {
+  if (count == kUnitRows) {  // a constant count, which compilers vectorise
+    for (int i = 0; i < kUnitRows; ++i) out[i] = read_float<kType>(data, first + i);
+    return;
+  }
   for (int64_t i = 0; i < count; ++i) out[i] = read_float<kType>(data, first + i);
 }
 
@@ -136,65 +140,85 @@ inline void read_floats(const void* data, DType type, int64_t first, int64_t cou
   read_floats<DType::kFp32>(data, first, count, out);
 }
 
-// The exact integer of one token and group, as floats: what fits 24 bits is exact.
-template <int kInt8Offset>
-inline void combine(const FinishArgs& a, int token, int64_t segment, float out[kUnitRows]) {
+// The exact sums of one row of activations over one scale group.
+inline void sum_group(const FinishArgs& a, int row, int64_t segment, int32_t offset, int32_t sum[kUnitRows]) {
   const int64_t segments = a.plan->segments;
-  const int32_t offset = a.plan->storage == Storage::kInt8 ? kInt8Offset : 1;
-  const int64_t last = segment + a.segments_per_group < segments ? segment + a.segments_per_group : segments;
+  const int64_t end = segment + a.segments_per_group;
+  const int64_t last = end < segments ? end : segments;
+  const int64_t stride = int64_t{a.rows} * kUnitRows;
+  const int32_t* in = a.sums_out + segment * stride + int64_t{row} * kUnitRows;
+  const int32_t* x_sums = a.x_sums + int64_t{row} * segments;
+  int32_t correction = offset * x_sums[segment];
+  for (int i = 0; i < kUnitRows; ++i) sum[i] = in[i] - correction;
+  for (int64_t s = segment + 1; s < last; ++s) {
+    in += stride;
+    correction = offset * x_sums[s];
+    for (int i = 0; i < kUnitRows; ++i) sum[i] += in[i] - correction;
+  }
+}
+
+// The integer that the limbs of one token stand for, as floats: what fits 24 bits is exact.
+inline void sum_limbs(const FinishArgs& a, int token, int64_t segment, int32_t offset, float out[kUnitRows]) {
+  int32_t sum[kUnitRows];
+  if (a.limbs == 1) {
+    sum_group(a, token, segment, offset, sum);
+    for (int i = 0; i < kUnitRows; ++i) out[i] = static_cast<float>(sum[i]);
+    return;
+  }
   const double base = a.limbs == 2 ? 128.0 : 256.0;
   double total[kUnitRows] = {};
   for (int limb = a.limbs - 1; limb >= 0; --limb) {
-    const int row = token * a.limbs + limb;
-    int32_t sum[kUnitRows] = {};
-    for (int64_t s = segment; s < last; ++s) {
-      const int32_t* in = a.sums_out + (s * a.rows + row) * kUnitRows;
-      const int32_t correction = offset * a.x_sums[row * segments + s];
-      for (int i = 0; i < kUnitRows; ++i) sum[i] += in[i] - correction;
-    }
-    if (a.limbs == 1) {
-      for (int i = 0; i < kUnitRows; ++i) out[i] = static_cast<float>(sum[i]);
-      return;
-    }
+    sum_group(a, token * a.limbs + limb, segment, offset, sum);
     for (int i = 0; i < kUnitRows; ++i) total[i] = total[i] * base + sum[i];
   }
   for (int i = 0; i < kUnitRows; ++i) out[i] = static_cast<float>(total[i]);
+}
+
+// Without a branch, for vectors; NaN keeps its upper bits and stays one.
+inline uint16_t fast_bf16(float value) {
+  const uint32_t bits = bits_from_float(value);
+  const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40U;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? nan : rounded);
+}
+
+inline void write_floats(const FinishArgs& a, int token, const float value[kUnitRows]) {
+  const int64_t at = token * a.out_features + a.first_row;
+  if (a.type == DType::kBf16) {
+    uint16_t rounded[kUnitRows];
+    for (int i = 0; i < kUnitRows; ++i) rounded[i] = fast_bf16(value[i]);
+    std::memcpy(static_cast<uint16_t*>(a.y) + at, rounded, a.count * sizeof(uint16_t));
+  } else if (a.type == DType::kFp16) {
+    uint16_t* y = static_cast<uint16_t*>(a.y) + at;
+    for (int64_t i = 0; i < a.count; ++i) y[i] = fp16_from_float(value[i]);
+  } else {
+    std::memcpy(static_cast<float*>(a.y) + at, value, a.count * sizeof(float));
+  }
 }
 
 // kInt8Offset: what the kernels added to int8 weights, 128 or 0.
 template <int kInt8Offset>
 void finish(const FinishArgs& a) {
   const int tokens = a.rows / a.limbs;
+  const int32_t offset = a.plan->storage == Storage::kInt8 ? kInt8Offset : 1;
   const int64_t scale_bytes = a.scale_type == DType::kFp32 ? 4 : 2;
-  float bias[kUnitRows] = {};
+  const int64_t group_bytes = a.scale_stride * scale_bytes;
+  float bias[kUnitRows] = {}, scale[kUnitRows] = {};
   if (a.bias != nullptr) read_floats(a.bias, a.bias_type, a.first_row, a.count, bias);
-  float scale[kUnitRows] = {};
   if (a.scale_stride == 0) {
     read_floats(a.scales, a.scale_type, 0, 1, scale);
     for (int i = 1; i < kUnitRows; ++i) scale[i] = scale[0];
   }
   for (int t = 0; t < tokens; ++t) {
     float value[kUnitRows] = {}, part[kUnitRows];
-    int64_t group = 0;
-    for (int64_t s = 0; s < a.plan->segments; s += a.segments_per_group, ++group) {
-      if (a.scale_stride != 0) {
-        const uint8_t* at = static_cast<const uint8_t*>(a.scales) + group * a.scale_stride * scale_bytes;
-        read_floats(at, a.scale_type, a.first_row, a.count, scale);
-      }
-      combine<kInt8Offset>(a, t, s, part);
+    const uint8_t* scales = static_cast<const uint8_t*>(a.scales);
+    for (int64_t s = 0; s < a.plan->segments; s += a.segments_per_group, scales += group_bytes) {
+      if (a.scale_stride != 0) read_floats(scales, a.scale_type, a.first_row, a.count, scale);
+      sum_limbs(a, t, s, offset, part);
       for (int i = 0; i < kUnitRows; ++i) value[i] += part[i] * scale[i];
     }
     for (int i = 0; i < kUnitRows; ++i) value[i] = value[i] * a.x_scales[t] + bias[i];
-    const int64_t at = t * a.out_features + a.first_row;
-    if (a.type == DType::kBf16) {
-      uint16_t* y = static_cast<uint16_t*>(a.y) + at;
-      for (int64_t i = 0; i < a.count; ++i) y[i] = bf16_from_float(value[i]);
-    } else if (a.type == DType::kFp16) {
-      uint16_t* y = static_cast<uint16_t*>(a.y) + at;
-      for (int64_t i = 0; i < a.count; ++i) y[i] = fp16_from_float(value[i]);
-    } else {
-      std::memcpy(static_cast<float*>(a.y) + at, value, a.count * sizeof(float));
-    }
+    write_floats(a, t, value);
   }
 }
 

@@ -360,8 +360,11 @@ struct BlockArgs {
 
 template <class Simd, bool kInt8>
 void block(const BlockArgs& b) {
-  for (int r = 0; r < b.rows; r += Simd::kGemmTile) {
-    const int rows = static_cast<int>(at_most(b.rows - r, Simd::kGemmTile));
+  // Tiles of equal height: 8 rows are 4 and 4, not 6 and 2.
+  const int tiles = (b.rows + Simd::kGemmTile - 1) / Simd::kGemmTile;
+  const int height = (b.rows + tiles - 1) / tiles;
+  for (int r = 0; r < b.rows; r += height) {
+    const int rows = static_cast<int>(at_most(b.rows - r, height));
     tile_rows<Simd, kInt8, Simd::kGemmTile>(rows, b.w, b.x + r * b.x_stride, b.x_stride, b.steps,
                                             b.out + r * kUnitRows);
   }
