@@ -185,8 +185,12 @@ def run_model(path: str, threads: int, batch: int, prompt: int, tokens: int, rep
     import llama_cpp as lib
 
     lib.llama_backend_init()
-    lib.llama_log_set(lib.llama_log_callback(lambda *_: None), ctypes.c_void_p(0))
+    log: list[bytes] = []
+    callback = lib.llama_log_callback(lambda _level, text, _data: log.append(text))  # kept while llama.cpp has it
+    lib.llama_log_set(callback, ctypes.c_void_p(0))
     model = lib.llama_model_load_from_file(path.encode(), lib.llama_model_default_params())
+    if not model:
+        raise RuntimeError(f"llama.cpp did not load {path}: {b''.join(log[-5:]).decode()}")
     params = lib.llama_context_default_params()
     params.n_ctx = 512 * batch
     params.n_batch = params.n_ubatch = max(prompt, 512)

@@ -36,13 +36,15 @@ def demo_config(layers: int, vocab: int = 512) -> dict[str, Any]:
 
 
 def _llama_tensors(
-    config: dict[str, Any], sparsity: float, generator: torch.Generator
+    config: dict[str, Any], sparsity: float, ternary: bool, generator: torch.Generator
 ) -> Iterator[dict[str, torch.Tensor]]:
     hidden, inter = config["hidden_size"], config["intermediate_size"]
     q = config["num_attention_heads"] * config["head_dim"]
     kv = config["num_key_value_heads"] * config["head_dim"]
 
     def projection(n: int, k: int) -> torch.Tensor:
+        if ternary:
+            return torch.randint(-1, 2, (n, k), generator=generator).bfloat16() * k**-0.5
         weight = torch.randn(n, k, generator=generator).mul_(k**-0.5)
         if sparsity:
             weight[torch.rand(n, k, generator=generator) < sparsity] = 0
@@ -63,12 +65,14 @@ def _llama_tensors(
         yield layer
 
 
-def save_llama(folder: Path, config: dict[str, Any], sparsity: float = 0.0, seed: int = 0) -> int:
+def save_llama(
+    folder: Path, config: dict[str, Any], sparsity: float = 0.0, seed: int = 0, ternary: bool = False
+) -> int:
     """Write the checkpoint; returns the bytes of its linear projections."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
     weight_map, linear_bytes = {}, 0
-    for i, tensors in enumerate(_llama_tensors(config, sparsity, generator)):
+    for i, tensors in enumerate(_llama_tensors(config, sparsity, ternary, generator)):
         file = f"model-{i:05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
         weight_map.update(dict.fromkeys(tensors, file))

@@ -98,6 +98,19 @@ def _decode_speed(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     return {"tokens_per_s": rates[len(rates) // 2], "tokens_per_s_all": rates}
 
 
+def _prefill_speed(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """Prompt tokens/s of one prompt: `prefill` tokens in, one out; each time another prompt, or it is cached."""
+    from vllm import SamplingParams
+
+    length, rates = job["prefill"]["tokens"], []
+    for i in range(job["prefill"]["repeats"] + 1):
+        prompt = {"prompt_token_ids": [(7 * t + 13 * i) % 500 + 2 for t in range(length)]}
+        start = time.perf_counter()
+        llm.generate([prompt], SamplingParams(temperature=0, max_tokens=1, ignore_eos=True), use_tqdm=False)
+        rates.append(length / (time.perf_counter() - start))
+    return {"prefill_per_s_all": sorted(rates[1:])}
+
+
 def _perplexity(llm: Any, job: dict[str, Any]) -> float:
     """exp of the mean negative log-likelihood over windows of token ids, each after token 0."""
     import math
@@ -137,6 +150,8 @@ def _job(job: dict[str, Any]) -> dict[str, Any]:
         result["perplexity"] = _perplexity(llm, job)
     if "speed" in job:
         result.update(_decode_speed(llm, job))
+    if "prefill" in job:
+        result.update(_prefill_speed(llm, job))
     return result
 
 

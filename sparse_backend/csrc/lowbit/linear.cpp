@@ -56,7 +56,7 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
     float* x_scales = reinterpret_cast<float*>(scale_memory.reserve(tokens * 4));
     // Waking the pool costs microseconds: work of about that size stays on this thread.
     constexpr int64_t kPrepareElements = 32768;
-    constexpr int64_t kMultiplyAdds = 2097152;
+    constexpr int64_t kMultiplyAdds = 524288;
     parallel_ranges(pool, tokens, kPrepareElements / (k + 1) + 1, [&](int64_t begin, int64_t end) {
       for (int64_t t = begin; t < end; ++t) {
         PrepareArgs p{};
@@ -72,9 +72,8 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
       }
     });
 
-    int64_t range = kMultiplyAdds / (kUnitRows * (k + 1) * rows) + 1;
-    const int64_t even_share = units / (8 * int64_t{pool.threads}) + 1;
-    if (units > range && range < even_share) range = even_share;
+    const bool small = units * kUnitRows * (k + 1) * rows < kMultiplyAdds;
+    const int64_t range = small ? units : units / (8 * int64_t{pool.threads}) + 1;
     parallel_ranges(pool, units, range, [&](int64_t begin, int64_t end) {
       thread_local Scratch memory;
       const int64_t sum_bytes = plan.segments * rows * kUnitRows * static_cast<int64_t>(sizeof(int32_t));
