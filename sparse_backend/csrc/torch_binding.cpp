@@ -152,7 +152,8 @@ Tensor bitmask_linear(const Tensor& x, const Tensor& packed, const std::optional
   View weight;
   const char* problem = parse(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(), &weight);
   STD_TORCH_CHECK(problem == nullptr, problem);
-  LinearTensors t = linear_tensors(x, bias, weight.header.out_features, weight.header.in_features, out_features);
+  LinearTensors t =
+      linear_tensors(x, bias, weight.header.out_features, weight.header.in_features, out_features);
   if (t.y.numel() == 0) return t.y;
   LinearArgs args{t.x.const_data_ptr(), t.x_type, t.tokens, t.bias_data, t.bias_type, t.y.mutable_data_ptr()};
   linear(weight, args, torch_pool());
@@ -177,10 +178,9 @@ std::tuple<bool, Tensor, Tensor> ternary_scan(const Tensor& weight, int64_t grou
   const int64_t group = group_size > 0 && group_size < k ? group_size : (k > 0 ? k : 1);
   Tensor codes = torch::stable::new_empty(dense, {n, k}, ScalarType::Char);
   Tensor scales = torch::stable::new_empty(dense, {n, (k + group - 1) / group});
-  const bool ternary =
-      sparse_backend::lowbit::scan_ternary(dense.const_data_ptr(), type, n, k, group,
-                                           static_cast<int8_t*>(codes.mutable_data_ptr()),
-                                           scales.mutable_data_ptr(), torch_pool());
+  const bool ternary = sparse_backend::lowbit::scan_ternary(dense.const_data_ptr(), type, n, k, group,
+                                                            static_cast<int8_t*>(codes.mutable_data_ptr()),
+                                                            scales.mutable_data_ptr(), torch_pool());
   return {ternary, codes, scales};
 }
 
@@ -189,9 +189,11 @@ Tensor ternary_encode(const Tensor& codes, int64_t per_byte) {
   check_int8(codes, "codes");
   check_per_byte(per_byte);
   const int64_t n = codes.size(0), k = codes.size(1);
-  Tensor out = torch::stable::new_empty(codes, {n, canonical_stride(k, static_cast<int>(per_byte))}, ScalarType::Byte);
-  const int64_t bad = encode(static_cast<const int8_t*>(codes.const_data_ptr()), n, k, static_cast<int>(per_byte),
-                             static_cast<uint8_t*>(out.mutable_data_ptr()), torch_pool());
+  Tensor out =
+      torch::stable::new_empty(codes, {n, canonical_stride(k, static_cast<int>(per_byte))}, ScalarType::Byte);
+  const int64_t bad =
+      encode(static_cast<const int8_t*>(codes.const_data_ptr()), n, k, static_cast<int>(per_byte),
+             static_cast<uint8_t*>(out.mutable_data_ptr()), torch_pool());
   STD_TORCH_CHECK(bad == 0, bad, " code(s) are not -1, 0 or 1");
   return out;
 }
@@ -201,13 +203,15 @@ Tensor ternary_decode(const Tensor& packed, int64_t per_byte, int64_t in_feature
   check_bytes(packed, 2, "codes");
   check_per_byte(per_byte);
   const int64_t stride = in_features < 0 ? -1 : canonical_stride(in_features, static_cast<int>(per_byte));
-  STD_TORCH_CHECK(packed.size(1) == stride, "codes have ", packed.size(1), " bytes per row, in_features = ",
-                  in_features, " needs ", stride);
+  STD_TORCH_CHECK(packed.size(1) == stride, "codes have ", packed.size(1),
+                  " bytes per row, in_features = ", in_features, " needs ", stride);
   Tensor out = torch::stable::new_empty(packed, {packed.size(0), in_features}, ScalarType::Char);
-  const int64_t bad = decode(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.size(0), in_features,
-                             static_cast<int>(per_byte), static_cast<int8_t*>(out.mutable_data_ptr()), torch_pool());
+  const int64_t bad =
+      decode(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.size(0), in_features,
+             static_cast<int>(per_byte), static_cast<int8_t*>(out.mutable_data_ptr()), torch_pool());
   STD_TORCH_CHECK(bad == 0, bad, " byte(s) hold codes that do not exist (",
-                  per_byte == 4 ? "3 in two bits" : "243 to 255 for five trits", ", or set past the last column)");
+                  per_byte == 4 ? "3 in two bits" : "243 to 255 for five trits",
+                  ", or set past the last column)");
   return out;
 }
 
@@ -215,26 +219,31 @@ Tensor ternary_decode(const Tensor& packed, int64_t per_byte, int64_t in_feature
 Tensor lowbit_lower(const Tensor& weights, int64_t per_byte, int64_t group_size, int64_t limbs) {
   using namespace sparse_backend::lowbit;
   check_int8(weights, "weights");
-  Header header{kMagic, static_cast<Storage>(per_byte), weights.size(0), weights.size(1),
-                static_cast<int32_t>(group_size), static_cast<int32_t>(limbs)};
+  Header header{kMagic,          static_cast<Storage>(per_byte),   weights.size(0),
+                weights.size(1), static_cast<int32_t>(group_size), static_cast<int32_t>(limbs)};
   STD_TORCH_CHECK(header.in_features <= kMaxColumns, "low-bit kernels sum up to ", kMaxColumns,
                   " columns in 32 bits, this weight has ", header.in_features);
   STD_TORCH_CHECK(per_byte == 1 || per_byte == 4 || per_byte == 5, "weights per byte must be 1, 4 or 5");
-  STD_TORCH_CHECK(group_size == 0 || (group_size >= 32 && group_size <= 256 && (group_size & (group_size - 1)) == 0),
-                  "group_size must be 0, 32, 64, 128 or 256, got ", group_size);
-  STD_TORCH_CHECK(limbs >= 1 && limbs <= 3 && (per_byte == 1) == (limbs == 2) && !(per_byte == 1 && group_size > 0),
-                  "int8 weights take 2 limbs and no groups, ternary ones 1 or 3 limbs");
-  const int64_t bytes = machine_bytes(make_plan(header.storage, header.in_features, group_size), header.out_features);
+  STD_TORCH_CHECK(
+      group_size == 0 || (group_size >= 32 && group_size <= 256 && (group_size & (group_size - 1)) == 0),
+      "group_size must be 0, 32, 64, 128 or 256, got ", group_size);
+  STD_TORCH_CHECK(
+      limbs >= 1 && limbs <= 3 && (per_byte == 1) == (limbs == 2) && !(per_byte == 1 && group_size > 0),
+      "int8 weights take 2 limbs and no groups, ternary ones 1 or 3 limbs");
+  const int64_t bytes =
+      machine_bytes(make_plan(header.storage, header.in_features, group_size), header.out_features);
   Tensor packed = torch::stable::new_empty(weights, {bytes}, ScalarType::Byte);
   auto* buffer = static_cast<uint8_t*>(packed.mutable_data_ptr());
   sparse_backend::advise_huge_pages(buffer, bytes);
-  const int64_t bad = lower(static_cast<const int8_t*>(weights.const_data_ptr()), header, buffer, torch_pool());
+  const int64_t bad =
+      lower(static_cast<const int8_t*>(weights.const_data_ptr()), header, buffer, torch_pool());
   STD_TORCH_CHECK(bad == 0, bad, " weight(s) are out of range");
   return packed;
 }
 
-Tensor lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scales, const std::optional<Tensor>& bias,
-                     int64_t out_features, const std::optional<Tensor>& absmax) {
+Tensor lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scales,
+                     const std::optional<Tensor>& bias, int64_t out_features,
+                     const std::optional<Tensor>& absmax) {
   using namespace sparse_backend::lowbit;
   check_bytes(packed, 1, "packed weight");
   LinearArgs args{};
@@ -252,9 +261,9 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scales
   LinearTensors t = linear_tensors(x, bias, n, k, out_features);
   if (t.y.numel() == 0) return t.y;
   if (absmax.has_value()) {
-    STD_TORCH_CHECK(absmax->scalar_type() == ScalarType::Float && absmax->is_contiguous() &&
-                        absmax->numel() == t.tokens,
-                    "absmax must be a contiguous float32 tensor with one value per token");
+    STD_TORCH_CHECK(
+        absmax->scalar_type() == ScalarType::Float && absmax->is_contiguous() && absmax->numel() == t.tokens,
+        "absmax must be a contiguous float32 tensor with one value per token");
     args.absmax = static_cast<const float*>(absmax->const_data_ptr());
   }
   args.panels = data + kHeaderBytes;

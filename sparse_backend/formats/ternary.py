@@ -56,6 +56,8 @@ def _scan(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int] | None
     """(codes [N, K], scales [1 or N, groups], group_size or 0), or None if the weight is not ternary."""
     from ..kernels import cpu
 
+    if weight.numel() == 0:
+        return torch.zeros(weight.shape, dtype=torch.int8), weight.new_zeros(1, 1), 0
     with cpu.as_weight_error():
         for group_size in (0, *(g for g in GROUP_SIZES if g < weight.shape[1])):
             ternary, codes, scales = cpu.ops().ternary_scan(weight, group_size)

@@ -162,7 +162,7 @@ def _register_fakes() -> None:
         rest = 0 if per_byte == 1 else k - trits
         lines = trits // 20 + rest // 16 + ((k + 3) // 4 if per_byte == 1 else 0)
         panel = 64 * lines + 16 * ((rest % 16 + 3) // 4)
-        return weights.new_empty((128 + (n + 15) // 16 * panel,), dtype=torch.uint8)
+        return weights.new_empty((64 + (n + 15) // 16 * panel,), dtype=torch.uint8)
 
     @torch.library.register_fake("sparse_backend::lowbit_linear")  # type: ignore[untyped-decorator]
     def _lowbit_linear(

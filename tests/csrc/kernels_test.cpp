@@ -4,48 +4,19 @@
 
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <memory>
 #include <random>
-#include <thread>
 #include <vector>
 
 #include "bitmask/layout.h"
 #include "bitmask/linear.h"
 #include "bitmask/pack.h"
 #include "cpu_features.h"
+#include "support.h"
 
-namespace sb = sparse_backend;
 namespace bm = sparse_backend::bitmask;
 using sb::DType;
 
 namespace {
-
-int failures = 0;
-
-void fail(const char* what, const char* kernel, int64_t n, int64_t k, int tokens) {
-  std::printf("FAILED %s: %s, N=%lld K=%lld tokens=%d\n", what, kernel, static_cast<long long>(n),
-              static_cast<long long>(k), tokens);
-  ++failures;
-}
-
-const sb::ThreadPool kOneThread{1, nullptr};
-const sb::ThreadPool kThreads{3, [](int64_t count, void (*task)(int64_t, void*), void* context) {
-                                std::vector<std::thread> threads;
-                                for (int64_t i = 0; i < count; ++i) threads.emplace_back(task, i, context);
-                                for (auto& t : threads) t.join();
-                              }};
-
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<uint8_t, Free>;
-// Exactly `bytes` long, so that a sanitizer sees the first byte past the end.
-Buffer allocate(int64_t bytes, int alignment = 64) {
-  void* p = nullptr;
-  if (posix_memalign(&p, alignment, bytes > 0 ? bytes : 1) != 0) std::abort();
-  return Buffer(static_cast<uint8_t*>(p));
-}
 
 struct Weight {
   int64_t n, k;
@@ -218,6 +189,7 @@ int main() {
       }
     }
   }
+  test_lowbit();
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

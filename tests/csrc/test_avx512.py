@@ -21,15 +21,25 @@ def compile_file(source, output, *flags):
 
 def test_logic_under_emulation(tmp_path):
     emulate = ["-DSPARSE_BACKEND_EMULATE_AVX512", f"-I{ROOT / 'tests' / 'csrc' / 'emulation'}"]
+    vnni = ["-include", str(ROOT / "tests" / "csrc" / "emulation" / "avx_vnni.h"), *AVX2]
+    flags = {
+        "bitmask/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
+        "bitmask/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
+        "bitmask/avx2": ["-O0", *AVX2],
+        "lowbit/avx512_vnni": ["-O1", *emulate],
+        "lowbit/amx": ["-O1", *emulate],
+        "lowbit/avx_vnni": ["-O1", *vnni],
+        "lowbit/avx2": ["-O1", *AVX2],
+    }
+    baseline = ("bitmask/scalar", "bitmask/pack", "bitmask/linear", "lowbit/scalar", "lowbit/pack", "lowbit/linear")
+    flags |= {name: ["-O2"] for name in (*baseline, "cpu_features")}
     objects = [
-        compile_file(CSRC / "bitmask" / f"{name}.cpp", tmp_path / f"{name}.o", "-O1", "-mf16c", "-mfma", *emulate)
-        for name in ("avx512", "avx512_bf16")
+        compile_file(CSRC / f"{name}.cpp", tmp_path / f"{name.replace('/', '_')}.o", *extra)
+        for name, extra in flags.items()
     ]
-    objects += [compile_file(CSRC / "bitmask" / f"{n}.cpp", tmp_path / f"{n}.o", "-O2") for n in ("scalar", "pack")]
-    objects += [compile_file(CSRC / "bitmask" / "linear.cpp", tmp_path / "linear.o", "-O2")]
-    objects += [compile_file(CSRC / "bitmask" / "avx2.cpp", tmp_path / "avx2.o", "-O0", *AVX2)]
-    objects += [compile_file(CSRC / "cpu_features.cpp", tmp_path / "features.o", "-O2")]
-    objects += [compile_file(ROOT / "tests" / "csrc" / "kernels_test.cpp", tmp_path / "test.o", "-O2", emulate[0])]
+    for name in ("kernels_test", "lowbit_test"):
+        source = ROOT / "tests" / "csrc" / f"{name}.cpp"
+        objects.append(compile_file(source, tmp_path / f"{name}.o", "-O2", emulate[0]))
     binary = tmp_path / "kernels_test"
     subprocess.run(["g++", *map(str, objects), "-o", str(binary), "-pthread"], check=True)
     result = subprocess.run([str(binary)], capture_output=True, text=True, check=False)
@@ -56,7 +66,13 @@ def test_every_expand_has_its_destination_zeroed_right_before(tmp_path, name, fl
         assert zero in lines[i - 1].replace(" ", "")
 
 
-@pytest.mark.parametrize("name", ["bitmask/pack", "bitmask/linear", "bitmask/scalar", "cpu_features", "huge_pages"])
+BASELINE = ["pack", "linear", "scalar"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [*(f"{family}/{file}" for family in ("bitmask", "lowbit") for file in BASELINE), "cpu_features", "huge_pages"],
+)
 def test_files_for_every_machine_use_no_avx(tmp_path, name):
     lines = disassemble(compile_file(CSRC / f"{name}.cpp", tmp_path / "k.o", "-O3"))
     assert not [line for line in lines if re.search(r"%[yz]mm|\tv[a-z]", line)]
@@ -64,8 +80,17 @@ def test_files_for_every_machine_use_no_avx(tmp_path, name):
 
 def test_files_for_one_level_export_nothing_but_their_kernels(tmp_path):
     """An inline function compiled for AVX-512 must never be merged with another file's copy."""
-    for name, flags in (("avx2", AVX2), ("avx512", AVX512), ("avx512_bf16", [*AVX512, "-mavx512bf16"])):
-        path = compile_file(CSRC / "bitmask" / f"{name}.cpp", tmp_path / f"{name}.o", "-O3", *flags)
+    vnni = [*AVX512, "-mavx512vnni", "-mavx512vbmi"]
+    for name, flags in (
+        ("bitmask/avx2", AVX2),
+        ("bitmask/avx512", AVX512),
+        ("bitmask/avx512_bf16", [*AVX512, "-mavx512bf16"]),
+        ("lowbit/avx2", AVX2),
+        ("lowbit/avx_vnni", [*AVX2, "-mavxvnni"]),
+        ("lowbit/avx512_vnni", vnni),
+        ("lowbit/amx", [*vnni, "-mamx-tile", "-mamx-int8"]),
+    ):
+        path = compile_file(CSRC / f"{name}.cpp", tmp_path / "k.o", "-O3", *flags)
         symbols = subprocess.run(
             ["nm", "-C", "--defined-only", "-g", str(path)], capture_output=True, text=True, check=True
         )

@@ -48,13 +48,13 @@ class Reference:
     def __init__(self, folder: Path, **kwargs: Any) -> None:
         from transformers import AutoModelForCausalLM
 
-        torch._dynamo.config.disable = True
         self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs).eval()
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:
         """[tokens, vocabulary] float32."""
-        return self.model(torch.tensor([ids])).logits[0].float()
+        with torch._dynamo.config.patch(disable=True):
+            return self.model(torch.tensor([ids])).logits[0].float()
 
     @torch.no_grad()
     def greedy(self, ids: list[int], count: int) -> tuple[list[int], list[float]]:

@@ -53,9 +53,12 @@ void tile_block(const BlockArgs& b) {
 }  // namespace
 
 const Kernels& amx_kernels() {
-  static constexpr Kernels kernels{"amx_int8", Zmm::kGemvRows, prepare,
+  static constexpr Kernels kernels{"amx_int8",
+                                   Zmm::kGemvRows,
+                                   prepare,
                                    gemv_or_gemm<Zmm, tile_block<false>, tile_block<true>>,
-                                   gemm<Zmm, tile_block<false>, tile_block<true>>, finish<Zmm::kInt8Offset>};
+                                   gemm<Zmm, tile_block<false>, tile_block<true>>,
+                                   finish<Zmm::kInt8Offset>};
   return kernels;
 }
 

@@ -85,9 +85,10 @@ inline int32_t sum_of(const int8_t* x, int64_t count) {
 
 // Factors that make integers of activations. One limb: 127 / absmax, the rule BitNet models are
 // trained with. Three limbs: a power of two that leaves 22 bits, so an activation within 2^-14 of
-// the largest one keeps all bits of a bf16, and the rest lose what fp32 sums lose too.
+// the largest one keeps all bits of a bf16; what the rest lose is of the size fp32 sums lose.
 inline float activation_factor(int limbs, float absmax) {
-  if (limbs == 1) return 1.0F / (absmax > 1e-5F ? absmax : 1e-5F) * 127.0F;  // torch's `127 / tensor`, to the bit
+  if (limbs == 1)
+    return 1.0F / (absmax > 1e-5F ? absmax : 1e-5F) * 127.0F;  // torch's `127 / tensor`, to the bit
   if (limbs == 2) return absmax > 1e-30F ? 16256.0F / absmax : 16256.0F / 1e-30F;
   int exponent = static_cast<int>(bits_from_float(absmax) >> 23) - 126;  // absmax < 2^exponent
   if (exponent < -104) exponent = -104;

@@ -25,7 +25,10 @@ namespace {
 // One core alone reaches the memory's limit only when it asks this far ahead.
 constexpr int kPrefetchBytes = 8192;
 
-inline void prefetch(const uint8_t* line) { __builtin_prefetch(line + kPrefetchBytes); }
+// As an integer: the place may be past the end of the weight, where no pointer may point.
+inline void prefetch(const uint8_t* line) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(line) + kPrefetchBytes));
+}
 
 template <class Simd, int kRows>
 struct Totals {
@@ -52,7 +55,8 @@ struct Totals {
 inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
 template <class Simd, int kRows, int kSlot>
-inline void slot2(const typename Simd::Reg line[], const int8_t* x, int64_t stride, Totals<Simd, kRows>& sum) {
+inline void slot2(const typename Simd::Reg line[], const int8_t* x, int64_t stride,
+                  Totals<Simd, kRows>& sum) {
   typename Simd::Reg codes[Simd::kParts];
 #pragma GCC unroll 2
   for (int p = 0; p < Simd::kParts; ++p) codes[p] = Simd::template code2<kSlot>(line[p]);
@@ -66,7 +70,8 @@ inline void slot2(const typename Simd::Reg line[], const int8_t* x, int64_t stri
 
 // 2-bit lines times kRows rows of activations. The activations of line i are at x + 16 i.
 template <class Simd, int kRows>
-inline void lines2(const uint8_t* w, const int8_t* x, int64_t stride, int64_t lines, Totals<Simd, kRows>& total) {
+inline void lines2(const uint8_t* w, const int8_t* x, int64_t stride, int64_t lines,
+                   Totals<Simd, kRows>& total) {
   while (lines > 0) {
     const int64_t count = at_most(lines, Simd::kLines2);
     Totals<Simd, kRows> sum;
@@ -87,7 +92,8 @@ inline void lines2(const uint8_t* w, const int8_t* x, int64_t stride, int64_t li
 
 // Five-trit lines of span 4: the activations of line i are at x + 20 i.
 template <class Simd, int kRows>
-inline void lines5(const uint8_t* w, const int8_t* x, int64_t stride, int64_t lines, Totals<Simd, kRows>& total) {
+inline void lines5(const uint8_t* w, const int8_t* x, int64_t stride, int64_t lines,
+                   Totals<Simd, kRows>& total) {
   while (lines > 0) {
     const int64_t count = at_most(lines, Simd::kLines5);
     Totals<Simd, kRows> sum;
@@ -114,7 +120,8 @@ inline void lines5(const uint8_t* w, const int8_t* x, int64_t stride, int64_t li
 }
 
 template <class Simd, int kRows>
-inline void lines8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t lines, Totals<Simd, kRows>& total) {
+inline void lines8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t lines,
+                   Totals<Simd, kRows>& total) {
   for (int64_t i = 0; i < lines; ++i, w += kLine, x += 4) {
     prefetch(w);
 #pragma GCC unroll 2
@@ -413,8 +420,12 @@ void gemv_or_gemm(const UnitArgs& a) {
 
 template <class Simd>
 constexpr Kernels make_kernels(const char* name, int gemv_rows) {
-  return Kernels{name, gemv_rows, prepare, gemv_or_gemm<Simd, block<Simd, false>, block<Simd, true>>,
-                 gemm<Simd, block<Simd, false>, block<Simd, true>>, finish<Simd::kInt8Offset>};
+  return Kernels{name,
+                 gemv_rows,
+                 prepare,
+                 gemv_or_gemm<Simd, block<Simd, false>, block<Simd, true>>,
+                 gemm<Simd, block<Simd, false>, block<Simd, true>>,
+                 finish<Simd::kInt8Offset>};
 }
 
 }  // namespace

@@ -38,9 +38,9 @@ struct PrepareArgs {
   DType type;
   int limbs;
   const float* absmax;  // the largest magnitude to scale by; nullptr: find it
-  int8_t* out;     // [limbs][plan->padded], least significant limb first
-  int32_t* sums;   // [limbs][plan->segments] sums of out
-  float* scale;    // activation = scale * integer
+  int8_t* out;          // [limbs][plan->padded], least significant limb first
+  int32_t* sums;        // [limbs][plan->segments] sums of out
+  float* scale;         // activation = scale * integer
 };
 
 struct FinishArgs {
@@ -48,9 +48,9 @@ struct FinishArgs {
   const int32_t* sums_out;  // UnitArgs::out
   int rows, limbs;
   int segments_per_group;
-  const int32_t* x_sums;   // [rows][segments]
-  const float* x_scales;   // [tokens]
-  const void* scales;      // [groups][scale_stride] at this unit's first row; one value if scale_stride is 0
+  const int32_t* x_sums;  // [rows][segments]
+  const float* x_scales;  // [tokens]
+  const void* scales;     // [groups][scale_stride] at this unit's first row; one value if scale_stride is 0
   DType scale_type;
   int64_t scale_stride;
   const void* bias;  // [N] or nullptr

@@ -48,8 +48,6 @@ struct Header {
   int32_t limbs;       // int8 numbers an activation is split into: 1, 2 or 3
 };
 
-namespace {
-
 // How the columns of a panel are cut into lines.
 struct Plan {
   Storage storage;
@@ -62,6 +60,8 @@ struct Plan {
   int64_t segment;   // columns that share a sum, 0: all
   int64_t segments;  // sums per output
 };
+
+namespace {
 
 inline Plan make_plan(Storage storage, int64_t in_features, int64_t group_size) {
   Plan p{};
@@ -88,9 +88,8 @@ inline Plan make_plan(Storage storage, int64_t in_features, int64_t group_size) 
 
 inline int64_t panel_count(int64_t out_features) { return (out_features + kPanelRows - 1) / kPanelRows; }
 
-// Kernels read a line at a time, from a tail on past the end of the last panel.
 inline int64_t machine_bytes(const Plan& plan, int64_t out_features) {
-  return kHeaderBytes + panel_count(out_features) * plan.panel_bytes + kLine;
+  return kHeaderBytes + panel_count(out_features) * plan.panel_bytes;
 }
 
 // A 2-bit line from a tail: what is missing holds code 0, and meets activations that are 0. In a

@@ -90,8 +90,7 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
       finish.sums_out = unit.out;
       finish.rows = rows;
       finish.limbs = limbs;
-      finish.segments_per_group =
-          plan.segment > 0 ? static_cast<int>(a.header.group_size / plan.segment) : 1;
+      finish.segments_per_group = plan.segment > 0 ? static_cast<int>(a.header.group_size / plan.segment) : 1;
       finish.x_sums = x_sums;
       finish.x_scales = x_scales;
       finish.scales = a.scales;
@@ -105,7 +104,8 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
       for (int64_t u = begin; u < end; ++u) {
         const int64_t left = panels - u * kUnitPanels;
         unit.panels = static_cast<int>(left < kUnitPanels ? left : kUnitPanels);
-        for (int p = 0; p < unit.panels; ++p) unit.panel[p] = a.panels + (u * kUnitPanels + p) * plan.panel_bytes;
+        for (int p = 0; p < unit.panels; ++p)
+          unit.panel[p] = a.panels + (u * kUnitPanels + p) * plan.panel_bytes;
         (rows > kernels.gemv_rows ? kernels.gemm : kernels.gemv)(unit);
         finish.first_row = u * kUnitRows;
         finish.count = n - finish.first_row < kUnitRows ? n - finish.first_row : kUnitRows;

@@ -73,7 +73,8 @@ bool scan_ternary(const void* weight, DType type, int64_t n, int64_t k, int64_t 
   return scan_rows<uint16_t, 0x7C00>(bits, n, k, group, codes, out, pool);
 }
 
-int64_t encode(const int8_t* codes, int64_t n, int64_t k, int per_byte, uint8_t* out, const ThreadPool& pool) {
+int64_t encode(const int8_t* codes, int64_t n, int64_t k, int per_byte, uint8_t* out,
+               const ThreadPool& pool) {
   const int64_t stride = canonical_stride(k, per_byte);
   std::atomic<int64_t> bad{0};
   parallel_ranges(pool, n, rows_at_once(k), [&](int64_t begin, int64_t end) {
@@ -91,7 +92,8 @@ int64_t encode(const int8_t* codes, int64_t n, int64_t k, int per_byte, uint8_t*
   return bad;
 }
 
-int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t* codes, const ThreadPool& pool) {
+int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t* codes,
+               const ThreadPool& pool) {
   const int64_t stride = canonical_stride(k, per_byte);
   // Five codes for every byte value; the fifth says for two bits whether the byte holds a 3.
   int8_t table[256][5];
@@ -141,7 +143,8 @@ void write_panel(const Plan& plan, const uint8_t* codes, int64_t columns, uint8_
     const int64_t at = i / block_lines * 5 * plan.span + i % block_lines * 4;
     for (int byte = 0; byte < kLine; ++byte) {
       int value = 0;
-      for (int slot = 0; slot < 5; ++slot) value += kUnits[slot] * code(byte / 4, at + slot * plan.span + byte % 4);
+      for (int slot = 0; slot < 5; ++slot)
+        value += kUnits[slot] * code(byte / 4, at + slot * plan.span + byte % 4);
       out[byte] = static_cast<uint8_t>(value);
     }
   }
@@ -171,7 +174,6 @@ int64_t lower(const int8_t* weights, const Header& header, uint8_t* out, const T
   std::memset(out, 0, kHeaderBytes);
   std::memcpy(out, &header, sizeof(header));
   const int64_t panels = panel_count(n), columns = plan.padded + 64;
-  std::memset(out + kHeaderBytes + panels * plan.panel_bytes, 0, kLine);
   std::atomic<int64_t> bad{0};
   parallel_ranges(pool, panels, 1, [&](int64_t begin, int64_t end) {
     // Past the last row and column weights are 0 (code `offset`), past whole bytes code 0.
@@ -204,18 +206,21 @@ const char* parse(const uint8_t* data, int64_t bytes, Header* header) {
   std::memcpy(header, data, sizeof(*header));
   const Header& h = *header;
   if (h.magic != kMagic) return "packed weight is not a machine form of low-bit weights";
-  const bool storage = h.storage == Storage::kInt8 || h.storage == Storage::kTwoBits || h.storage == Storage::kFiveTrits;
+  const bool storage =
+      h.storage == Storage::kInt8 || h.storage == Storage::kTwoBits || h.storage == Storage::kFiveTrits;
   const bool group = h.group_size == 0 || (h.group_size >= kGroupSpan && h.group_size <= 256 &&
                                            (h.group_size & (h.group_size - 1)) == 0);
   if (!storage || !group || h.limbs < 1 || h.limbs > 3) return "packed weight has a damaged header";
   if ((h.storage == Storage::kInt8) != (h.limbs == 2) || (h.storage == Storage::kInt8 && h.group_size != 0)) {
     return "packed weight has a damaged header";
   }
-  if (h.out_features < 0 || h.in_features < 0 || h.in_features > kMaxColumns || h.out_features > (int64_t{1} << 40)) {
+  if (h.out_features < 0 || h.in_features < 0 || h.in_features > kMaxColumns ||
+      h.out_features > (int64_t{1} << 40)) {
     return "packed weight has a damaged header";
   }
   const Plan plan = make_plan(h.storage, h.in_features, h.group_size);
-  if (machine_bytes(plan, h.out_features) != bytes) return "packed weight is truncated or has a damaged header";
+  if (machine_bytes(plan, h.out_features) != bytes)
+    return "packed weight is truncated or has a damaged header";
   return nullptr;
 }
 

@@ -23,7 +23,8 @@ int64_t encode(const int8_t* codes, int64_t n, int64_t k, int per_byte, uint8_t*
 
 // The other way; returns how many bytes hold no code: 3 in two bits, 243 to 255, or something
 // past the last column.
-int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t* codes, const ThreadPool& pool);
+int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t* codes,
+               const ThreadPool& pool);
 
 // weights [N, K] (-1, 0, 1, or -127..127 for int8) to the machine form; `out` has machine_bytes().
 // Returns how many weights were out of range.

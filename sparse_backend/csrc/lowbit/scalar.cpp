@@ -9,7 +9,9 @@ inline void codes_of(Storage storage, const uint8_t* line, int row, int32_t code
   for (int j = 0; j < 4; ++j) {
     int32_t value = line[4 * row + j];
     for (int slot = 0; slot < 5; ++slot) {
-      codes[slot][j] = storage == Storage::kInt8 ? value : storage == Storage::kTwoBits ? value & 3 : value % 3;
+      codes[slot][j] = storage == Storage::kInt8      ? value
+                       : storage == Storage::kTwoBits ? value & 3
+                                                      : value % 3;
       value = storage == Storage::kTwoBits ? value >> 2 : value / 3;
     }
   }

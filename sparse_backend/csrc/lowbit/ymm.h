@@ -47,8 +47,8 @@ struct Ymm {
   // The top trit is peeled off as a multiple of its unit, and one byte table makes that 0, 1 or 2:
   // the low four bits of 3, 9, 27 and of 6, 18, 54 tell them apart. (81 and 162 by their top bits.)
   static inline void codes5(Reg line, Reg out[5]) {
-    const Reg table = _mm256_broadcastsi128_si256(
-        _mm_setr_epi8(0, 0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0));
+    const Reg table =
+        _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 0, 2, 1, 0, 0, 2, 0, 0, 1, 0, 1, 0, 0, 0, 0));
     const Reg four = modulo(line, 81);
     out[4] = _mm256_and_si256(_mm256_srli_epi16(_mm256_sub_epi8(line, four), 6), _mm256_set1_epi8(3));
     const Reg three = modulo(four, 27);

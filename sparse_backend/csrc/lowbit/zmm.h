@@ -13,8 +13,8 @@ struct TritTable {
   alignas(64) uint8_t codes[128];
   constexpr TritTable() : codes() {
     for (int value = 0; value < 81; ++value) {
-      codes[value] = static_cast<uint8_t>((value % 3) | (value / 3 % 3) << 2 | (value / 9 % 3) << 4 |
-                                          (value / 27) << 6);
+      codes[value] =
+          static_cast<uint8_t>((value % 3) | (value / 3 % 3) << 2 | (value / 9 % 3) << 4 | (value / 27) << 6);
     }
   }
 };
@@ -64,7 +64,8 @@ struct Zmm {
     Reg rest = _mm512_min_epu8(line, _mm512_sub_epi8(line, bits(81)));
     rest = _mm512_min_epu8(rest, _mm512_sub_epi8(rest, bits(81)));
     top = _mm512_and_si512(_mm512_sub_epi8(line, rest), bits(0xC0));
-    return _mm512_permutex2var_epi8(_mm512_load_si512(kTrits.codes), rest, _mm512_load_si512(kTrits.codes + 64));
+    return _mm512_permutex2var_epi8(_mm512_load_si512(kTrits.codes), rest,
+                                    _mm512_load_si512(kTrits.codes + 64));
   }
   static inline void codes5(Reg line, Reg out[5]) {
     Reg top;
@@ -98,7 +99,8 @@ struct Zmm {
     }
     inline void flush(Reg total[kParts]) {
 #pragma GCC unroll 4
-      for (int s = 0; s < 4; ++s) total[0] = add(total[0], _mm512_srai_epi32(slot[s], static_cast<unsigned>(2 * s)));
+      for (int s = 0; s < 4; ++s)
+        total[0] = add(total[0], _mm512_srai_epi32(slot[s], static_cast<unsigned>(2 * s)));
       clear();
     }
   };
