@@ -1,4 +1,4 @@
-"""transformers as the reference: greedy tokens, logits and perplexity of a checkpoint, in bf16 on the CPU.
+"""transformers as the reference: greedy tokens, logits and perplexity of a checkpoint, on the CPU.
 
 BitNet layers are torch.compile'd in transformers; here they run eager, which is the same arithmetic.
 """
@@ -45,10 +45,10 @@ def windows(model: Path, length: int = 256) -> list[list[int]]:
 
 
 class Reference:
-    def __init__(self, folder: Path, **kwargs: Any) -> None:
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         from transformers import AutoModelForCausalLM
 
-        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, **kwargs).eval()
+        self.model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     @torch.no_grad()
     def logits(self, ids: list[int]) -> torch.Tensor:
