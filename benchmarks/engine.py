@@ -2,13 +2,14 @@
 
 Plain vLLM bf16 against the same checkpoint with --quantization sparse-compiled, each in a
 process of its own, taking turns, with the same compute threads. The tokens are compared
-first.
+first. With --ternary: 1.58-bit models, and llama.cpp as a peer (ternary_engine.py).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import ternary_engine
 from random_models import demo_config, save_llama
 from rich.console import Console
 from rich.table import Table
@@ -77,6 +79,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ternary", action="store_true", help="ternary weights instead of sparse ones")
+    parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1], help="with --ternary")
     parser.add_argument("--zeros", nargs="+", type=float, default=[0.7])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--layers", type=int, default=12, help="12 layers are 836M parameters")
@@ -89,7 +93,7 @@ def main() -> int:
     about = machine.describe()
     console.print_json(json.dumps(about))
     with tempfile.TemporaryDirectory(prefix="sparse-backend-bench-") as folder:
-        rows = measure(args, Path(folder))
+        rows = (ternary_engine.measure if args.ternary else measure)(args, Path(folder))
     if args.save:
         machine.save_results(args.save, rows, about)
     return 0

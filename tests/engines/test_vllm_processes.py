@@ -13,7 +13,9 @@ import time
 
 import httpx
 import pytest
-from test_vllm import TIE, assert_same_tokens
+import reference
+from bitnet_models import TERNARY
+from test_vllm import TIE, assert_same_tokens, overrides
 from vllm_runner import DEFAULTS, run
 
 PROMPT = "def main(argv):\n    "
@@ -36,6 +38,19 @@ def test_tensor_parallel_size_2(python_lm, python_lm_50):
     # Row-parallel sums are rounded once more: equal up to shown ties.
     assert_same_tokens(one, two)
     assert two["log"].count("sparse-compiled: bitmask: 24 projections") == 2
+
+
+def test_tensor_parallel_size_2_of_a_bitnet_model():
+    """Sub-norms over what the ranks have cut, one activation scale for all of them, an int8 head."""
+    spec = {"model": str(TERNARY), "prompts": PROMPTS, "max_tokens": 24, "logprobs": 5,
+            "windows": reference.windows(TERNARY)[:6]}  # fmt: skip
+    args = {"max_model_len": 300, **overrides(lm_head="int8")}
+    one = run([{**spec, "args": args}])[0]
+    args = {**args, "tensor_parallel_size": 2}
+    two = run([{**spec, "args": args}], VLLM_CPU_OMP_THREADS_BIND="0|1", VLLM_ENABLE_V1_MULTIPROCESSING="1")[0]
+    assert_same_tokens(one, two)
+    assert abs(two["perplexity"] / one["perplexity"] - 1) < 0.002
+    assert two["log"].count("sparse-compiled: ternary: 24 projections") == 2
 
 
 @pytest.fixture(scope="module")

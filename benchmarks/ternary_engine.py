@@ -1,0 +1,121 @@
+"""Ternary models end to end: engine.py --ternary. vLLM bf16, vLLM with this plugin, llama.cpp.
+
+All run the same random weights (a Llama with BitNet-2B-4T's layers, vocabulary 512) on the same
+number of compute threads, each in a process of its own, taking turns. llama.cpp reads a GGUF that
+this writes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import ggml_peer
+from random_models import demo_config, save_llama
+from rich.console import Console
+from rich.table import Table
+from vllm_runner import run
+
+console = Console(width=110)
+PREFILL = 128
+
+
+def overrides(**options: Any) -> dict[str, Any]:
+    return {"hf_overrides": {"quantization_config": {"quant_method": "sparse-compiled", **options}}}
+
+
+ENGINES: dict[str, dict[str, Any]] = {
+    "vLLM bf16": {},
+    "ours, 2 bits, int8": overrides(activations="int8"),
+    "ours, 1.6 bits, int8": overrides(activations="int8", bits=1.6),
+    "ours, 2 bits, keep": overrides(),
+}
+
+
+def ask_vllm(model: Path, extra: dict[str, Any], batch: int, threads: int, args: argparse.Namespace) -> dict[str, Any]:
+    job: dict[str, Any] = {
+        "model": str(model),
+        "speed": {"tokens": args.tokens, "repeats": args.repeats, "batch": batch},
+        "args": {"skip_tokenizer_init": True, "max_model_len": 512, "enforce_eager": not args.inductor, **extra},
+    }
+    if batch == 1:
+        job["prefill"] = {"tokens": PREFILL, "repeats": args.repeats}
+    reserved = max(0, len(os.sched_getaffinity(0)) - threads)
+    result = run([job], VLLM_CPU_NUM_OF_RESERVED_CPU=str(reserved))[0]
+    if result["threads"] != threads:
+        raise RuntimeError(f"vLLM computes with {result['threads']} threads, not {threads}")
+    return {
+        "decode": result["tokens_per_s_all"], "prefill": result.get("prefill_per_s_all", []),
+        "memory": result["memory"], "load_s": result["load_s"],
+    }  # fmt: skip
+
+
+def ask_llama(gguf: Path, batch: int, threads: int, args: argparse.Namespace) -> dict[str, Any]:
+    numbers = [threads, batch, PREFILL, args.tokens, args.repeats]
+    command = [sys.executable, ggml_peer.__file__, str(gguf), *map(str, numbers)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    rates: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return {**rates, "memory": None, "load_s": None}
+
+
+def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    model = folder / "ternary"
+    save_llama(model, demo_config(args.layers), ternary=True)
+    contenders: dict[str, Any] = {
+        name: lambda b, t, extra=extra: ask_vllm(model, extra, b, t, args) for name, extra in ENGINES.items()
+    }
+    why = ggml_peer.available()
+    if why is not None:
+        console.print(f"llama.cpp is not measured: {why}", highlight=False)
+    else:
+        for kind in ggml_peer.TYPES:
+            ggml_peer.write_gguf(model, folder / f"{kind}.gguf", kind)
+            gguf = folder / f"{kind}.gguf"
+            contenders[f"llama.cpp {kind}"] = lambda b, t, gguf=gguf: ask_llama(gguf, b, t, args)
+    rows: list[dict[str, Any]] = []
+    for threads in args.threads:
+        for batch in args.batch:
+            samples: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+            for _ in range(args.rounds):
+                for name, ask in contenders.items():
+                    samples[name].append(ask(batch, threads))
+            rows += report(samples, batch, threads, args)
+    return rows
+
+
+def report(
+    samples: dict[str, list[dict[str, Any]]], batch: int, threads: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    def median(name: str, what: str) -> float:
+        values = [v for sample in samples.get(name, []) for v in sample[what]]
+        return statistics.median(values) if values else float("nan")
+
+    mode = "inductor" if args.inductor else "eager"
+    table = Table(
+        "", "decode, tokens/s", "over vLLM bf16", "over TQ2_0", f"prefill of {PREFILL}, tokens/s", "over vLLM bf16",
+        "load, s", title=f"batch {batch}, {threads} compute thread(s), {args.layers} layers, vLLM {mode}",
+        title_justify="left",
+    )  # fmt: skip
+    rows = []
+    for name, of in samples.items():
+        decode, prefill = median(name, "decode"), median(name, "prefill")
+        load = min((s["load_s"] for s in of if s["load_s"] is not None), default=float("nan"))
+        row = {
+            "engine": name, "batch": batch, "threads": threads, "layers": args.layers, "mode": mode,
+            "decode_per_s": decode, "decode_over_vllm_bf16": decode / median("vLLM bf16", "decode"),
+            "decode_over_tq2_0": decode / median("llama.cpp TQ2_0", "decode"), "prefill_per_s": prefill,
+            "prefill_over_vllm_bf16": prefill / median("vLLM bf16", "prefill"), "load_s": load,
+        }  # fmt: skip
+        rows.append(row)
+        table.add_row(
+            name, f"{decode:.1f}", f"{row['decode_over_vllm_bf16']:.2f}", f"{row['decode_over_tq2_0']:.2f}",
+            f"{prefill:.0f}", f"{row['prefill_over_vllm_bf16']:.2f}", f"{load:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    return rows
