@@ -69,8 +69,8 @@ class Options:
         method: how pruning ranks weights.
         pattern: which zero patterns pruning makes.
         group_size: columns per scale when `format` ternary rounds a weight; None for one per weight.
-        activations: of ternary layers. `int8` makes them int8 per token, `keep` computes with all their
-            bits; None does what the checkpoint was trained with (int8 for BitNet, else keep).
+        activations: of ternary layers. `int8` makes them int8 per token, `keep` computes with 22 bits below
+            the token's largest; None does what the checkpoint was trained with (int8 for BitNet, else keep).
         batch: tokens per step to plan for (the planner knows only 1).
         lm_head: `keep` leaves the output head as it is; `int8` rounds it (int8 weights, a scale per row).
         ignore: HF module names left dense; fnmatch patterns or `re:...`.
@@ -108,9 +108,10 @@ class Options:
                     "options 'sparsity' and 'format' contradict: format dense stores every weight; "
                     "use format auto or bitmask, or drop sparsity"
                 )
-        for key in ("bits", "group_size"):
-            if getattr(self, key) is not None and self.format not in ("auto", "ternary"):
-                raise OptionError(f"options '{key}' and 'format' contradict: '{key}' is for format ternary or auto")
+        if self.bits is not None and self.format not in ("auto", "ternary"):
+            raise OptionError("options 'bits' and 'format' contradict: 'bits' is for format ternary or auto")
+        if self.group_size is not None and self.format != "ternary":
+            raise OptionError("options 'group_size' and 'format' contradict: 'group_size' is for format ternary")
         for key in ("ignore", "rules"):
             value = getattr(self, key)
             if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
@@ -138,6 +139,8 @@ class Options:
     def _override(self, overrides: Mapping[str, Any]) -> Options:
         if overrides.get("format") == "dense":
             overrides = {"sparsity": None, **overrides}  # a module left dense is not pruned
+        if overrides.get("format", "ternary") != "ternary":
+            overrides = {"bits": None, "group_size": None, **overrides}  # of the ternary modules around it
         return dataclasses.replace(self, **{**overrides, "rules": (), "ignore": ()})
 
     @classmethod

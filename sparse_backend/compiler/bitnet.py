@@ -6,7 +6,8 @@ Three kinds exist (transformers, `integrations/bitnet.py`; weights by Ma et al.,
   bits 2 i of row r, and `weight_scale` [1] stands beside it. For `autobitlinear` the weight is
   code * weight_scale, for `bitlinear` code / weight_scale.
 - `quantization_mode: online`: master weights, made ternary by the absmean rule as they are used.
-- master weights of a model of type `bitnet` without any quantization_config.
+- a model of type `bitnet` without quantization_config: transformers runs it dense; under this
+  plugin's flag its weights are masters, too.
 
 All become plain dense tensors here, ternary times a scale: from there on they are what any
 ternary checkpoint is. Activations are int8 per token in all of them.
@@ -15,14 +16,15 @@ ternary checkpoint is. Activations are int8 per token in all of them.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from ..errors import CheckpointError, WeightError
-from ..formats.ternary import absmean
-from ..options import matches
+from ..formats.ternary import Ternary, absmean
+from ..options import Options
 
 METHOD = "bitnet"
 LINEAR_CLASSES = ("autobitlinear", "bitlinear")
@@ -35,18 +37,20 @@ class BitNet:
     Attributes:
         linear_class: `autobitlinear` or `bitlinear`.
         online: weights are masters.
+        plain: there is no quantization_config: weights that are ternary already stay what they are.
         rms_norm_eps: layers normalise their input first (`use_rms_norm`); None if not.
         skip: modules that are no BitNet layers, as transformers matches them.
-        scaled: modules with a `weight_scale` in the checkpoint.
+        names: all tensors of the checkpoint.
         scales: exact scale of modules whose dense dtype rounds it.
         norms: weights [K] of the layers' own norms, by module.
     """
 
     linear_class: str
     online: bool
+    plain: bool
     rms_norm_eps: float | None
     skip: tuple[str, ...]
-    scaled: frozenset[str]
+    names: frozenset[str]
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
     norms: dict[str, torch.Tensor] = dataclasses.field(default_factory=dict)
 
@@ -58,7 +62,8 @@ class BitNet:
             CheckpointError: a linear class or mode that transformers does not know either.
         """
         quantization = config.get("quantization_config")
-        if quantization is None:
+        plain = quantization is None
+        if plain:
             if config.get("model_type") != METHOD:
                 return None
             quantization = {"linear_class": "autobitlinear", "quantization_mode": "online"}
@@ -72,14 +77,21 @@ class BitNet:
                 f"{', '.join(LINEAR_CLASSES)} and online, offline"
             )
         eps = float(quantization.get("rms_norm_eps", 1e-6)) if quantization.get("use_rms_norm") else None
-        scaled = frozenset(n.removesuffix(".weight_scale") for n in tensors if n.endswith(".weight_scale"))
         skip = tuple(quantization.get("modules_to_not_convert") or ())
-        return cls(linear_class, mode == "online" and linear_class == "autobitlinear", eps, skip, scaled)
+        online = mode == "online" and linear_class == "autobitlinear"
+        return cls(linear_class, online, plain, eps, skip, frozenset(tensors))
+
+    @property
+    def kind(self) -> str:
+        """In words, for the log."""
+        return "master weights made ternary by the absmean rule" if self.online else "ternary weights"
 
     def expand(
-        self, weights: Iterable[tuple[str, torch.Tensor]], is_projection: Any, dtype: torch.dtype
+        self, weights: Iterable[tuple[str, torch.Tensor]], is_projection: Callable[[str], bool], dtype: torch.dtype
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The checkpoint's tensors with every BitNet layer's weight dense and ternary.
+
+        A layer's tensors come out together, when the last of them has come in.
 
         Args:
             weights: (name, tensor) in any order.
@@ -88,37 +100,66 @@ class BitNet:
 
         Raises:
             CheckpointError: a packed weight holds a code that does not exist, or lost its scale.
+            WeightError: a master weight holds NaN or Inf.
         """
         waiting: dict[str, dict[str, torch.Tensor]] = {}
         for name, tensor in weights:
-            module, _, leaf = name.rpartition(".")
-            if self.rms_norm_eps is not None and module.endswith(".rms_norm"):
-                self.norms[module.removesuffix(".rms_norm")] = tensor
-            elif module in self.scaled and leaf in ("weight", "weight_scale"):
-                parts = waiting.setdefault(module, {})
-                parts[leaf] = tensor
-                if len(parts) == 2:
-                    del waiting[module]
-                    yield f"{module}.weight", self._dense(module, parts["weight"], parts["weight_scale"], dtype)
-            elif leaf == "weight" and tensor.dtype == torch.uint8:
-                raise CheckpointError(f"{name}: packed, but the checkpoint has no {module}.weight_scale")
-            elif self.online and leaf == "weight" and tensor.dim() == 2 and self._converts(module, is_projection):
-                try:
-                    yield name, absmean(tensor)
-                except WeightError as error:
-                    raise WeightError(f"{module}: {error}") from None
-            else:
-                yield name, tensor
+            module, leaf = self._owner(name)
+            parts = self._parts(module)
+            if len(parts) < 2 or leaf not in parts:
+                if leaf == "weight_scale":
+                    raise CheckpointError(f"{module}: the checkpoint has only its weight_scale")
+                if leaf == "weight" and tensor.dtype == torch.uint8:
+                    raise CheckpointError(f"{name}: packed, but the checkpoint has no {module}.weight_scale")
+                yield name, self._master(module, tensor, is_projection) if leaf == "weight" else tensor
+                continue
+            waiting.setdefault(module, {})[leaf] = tensor
+            if len(waiting[module]) == len(parts):
+                yield from self._layer(module, waiting.pop(module), is_projection, dtype)
         if waiting:
             module = next(iter(waiting))
             raise CheckpointError(f"{module}: the checkpoint has only its {' and '.join(waiting[module])}")
 
-    def _converts(self, module: str, is_projection: Any) -> bool:
-        skipped = any(
-            module == s or module.startswith(f"{s}.") or module.endswith(f".{s}") or matches(s, module)
-            for s in self.skip
-        )
-        return bool(is_projection(module)) and not skipped
+    def _owner(self, name: str) -> tuple[str, str]:
+        """The layer a tensor belongs to, and its name there."""
+        module, _, leaf = name.rpartition(".")
+        if self.rms_norm_eps is not None and module.endswith(".rms_norm"):
+            return module.removesuffix(".rms_norm"), f"rms_norm.{leaf}"
+        return module, leaf
+
+    def _parts(self, module: str) -> list[str]:
+        """The tensors a layer's weight has to wait for; just itself for most."""
+        wanted = ["weight", "weight_scale"]
+        if self.rms_norm_eps is not None:
+            wanted.append("rms_norm.weight")
+        if self.linear_class == "autobitlinear" and f"{module}.weight_scale" in self.names:
+            wanted.append("bias")  # transformers scales it with the product
+        return [leaf for leaf in wanted if f"{module}.{leaf}" in self.names]
+
+    def _layer(
+        self, module: str, parts: dict[str, torch.Tensor], is_projection: Callable[[str], bool], dtype: torch.dtype
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        if "rms_norm.weight" in parts:
+            self.norms[module] = parts["rms_norm.weight"]
+        if "weight_scale" not in parts:
+            yield f"{module}.weight", self._master(module, parts["weight"], is_projection)
+            return
+        scale = parts["weight_scale"]
+        if "bias" in parts:
+            yield f"{module}.bias", (parts["bias"].float() * scale.float()).to(parts["bias"].dtype)
+        yield f"{module}.weight", self._dense(module, parts["weight"], scale, dtype)
+
+    def _master(self, module: str, weight: torch.Tensor, is_projection: Callable[[str], bool]) -> torch.Tensor:
+        if not self.online or weight.dim() != 2 or not is_projection(module) or self._skipped(module):
+            return weight
+        try:
+            return Ternary().round(weight, Options(format="ternary")) if self.plain else absmean(weight)
+        except WeightError as error:
+            raise WeightError(f"{module}: {error}") from None
+
+    def _skipped(self, module: str) -> bool:
+        """The tests of transformers' should_convert_module: a pattern from the start, or the end."""
+        return any(re.match(pattern, module) or module.endswith(pattern) for pattern in self.skip)
 
     def _dense(self, module: str, weight: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         if scale.numel() != 1 or not torch.isfinite(scale).all() or float(scale) <= 0:
@@ -126,7 +167,8 @@ class BitNet:
         codes = weight if weight.dtype != torch.uint8 else unpack_codes(module, weight)
         exact = float(scale) if self.linear_class == "autobitlinear" else 1.0 / float(scale)
         rounded = torch.tensor(exact, dtype=torch.float64).to(dtype)
-        if float(rounded) != exact:
+        # A weight stored unpacked may hold anything: its scale is exact only beside codes.
+        if float(rounded) != exact and float(codes.abs().max()) == 1:
             self.scales[module] = exact
         return codes.to(dtype) * rounded
 
@@ -137,11 +179,10 @@ def unpack_codes(module: str, packed: torch.Tensor) -> torch.Tensor:
     Raises:
         CheckpointError: naming the module, for the code 3, which does not exist.
     """
-    codes = torch.cat([(packed >> (2 * i)) & 3 for i in range(4)]).to(torch.int8)
-    bad = int((codes == 3).sum())
+    bad = int((packed & (packed >> 1) & 0x55).count_nonzero())
     if bad:
-        raise CheckpointError(f"{module}.weight: {bad} two-bit code(s) are 3, which is no ternary code")
-    return codes - 1
+        raise CheckpointError(f"{module}.weight: {bad} byte(s) hold a two-bit code 3, which is no ternary code")
+    return torch.cat([(packed >> (2 * i)) & 3 for i in range(4)]).view(torch.int8).sub_(1)
 
 
 def pack_codes(module: str, codes: torch.Tensor) -> torch.Tensor:

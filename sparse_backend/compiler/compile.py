@@ -78,6 +78,18 @@ def compile_checkpoint(
     return report
 
 
+def _check_bitnet_can_say(options: Options) -> None:
+    """OptionError for what a checkpoint in Hugging Face's bitnet layout has no word for."""
+    if options.activations != "int8":
+        raise OptionError(
+            "layout bitnet means int8 activations to whoever reads it; say --activations int8 if this model was "
+            "trained for them"
+        )
+    for key in ("bits", "lm_head"):
+        if getattr(options, key) != getattr(Options(), key):
+            raise OptionError(f"option '{key}' cannot be stored in layout bitnet; drop it")
+
+
 class _Job:
     """One checkpoint on its way."""
 
@@ -87,7 +99,9 @@ class _Job:
         self.bitnet = bitnet.BitNet.of(info.config, info.tensors)
         quantization = info.config.get("quantization_config")
         if info.modules and layout == bitnet.METHOD:
-            options = Options.from_dict(dict(quantization or {}))
+            if options != Options():
+                raise OptionError(f"{info.folder}: is compiled; only its layout can change now, drop the other options")
+            options = dataclasses.replace(Options.from_dict(dict(quantization or {})), bits=None)
         elif quantization is not None and self.bitnet is None:
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise CheckpointError(f"{info.folder}: is already quantised ({method}); compile the original checkpoint")
@@ -98,6 +112,8 @@ class _Job:
             )
         if self.bitnet is not None and options.activations is None:
             options = dataclasses.replace(options, activations="int8")
+        if layout == bitnet.METHOD:
+            _check_bitnet_can_say(options)
         self.options = options
         if (
             not any(
@@ -185,12 +201,23 @@ class _Job:
                 f"{module}: the bitnet layout holds ternary weights with one scale; this one is {packed.format} "
                 f"with {0 if scales is None else scales.numel()} scales"
             )
-        scale = scales.view(1).float() if self._linear_class() == "autobitlinear" else 1.0 / scales.view(1).float()
+        scale = scales.view(1).float()
+        scale = torch.where(scale == 0, 1.0, scale)  # of a weight that is all zeros
+        if self._linear_class() == "bitlinear":
+            scale = 1.0 / scale
         writer.add(f"{module}.weight", bitnet.pack_codes(module, Ternary().codes(packed)))
         writer.add(f"{module}.weight_scale", scale.to(convert.model_dtype(self.info.config)))
 
     def _linear_class(self) -> str:
-        return self.bitnet.linear_class if self.bitnet is not None else "autobitlinear"
+        """`bitlinear` where a scale is exact only as an inverse, or a bias must not be scaled with the weight."""
+        dtype = str(convert.model_dtype(self.info.config)).removeprefix("torch.")
+        inverse = any(e.format == "ternary" and e.dtype != dtype for e in self.info.modules.values())
+        if self.bitnet is not None:
+            inverse = self.bitnet.linear_class == "bitlinear"
+        bias = any(
+            name.endswith(".bias") and convert.is_projection(name.removesuffix(".bias")) for name in self.info.tensors
+        )
+        return "bitlinear" if inverse or bias else "autobitlinear"
 
     def quantization_config(self) -> dict[str, Any]:
         """For the target's config.json."""

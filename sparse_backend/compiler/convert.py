@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import re
@@ -89,17 +88,9 @@ def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[Pa
         if options.values is not None:
             weight = convert_values(weight, options.values)
         decision = plan.choose(weight, options)
-        if decision.format == "dense":
-            return None, decision.reason
-        options = dataclasses.replace(options, format=decision.format, **_unused_by(decision.format))
-        return get_format(decision.format).pack(weight, options), decision.reason
+        return None if decision.pack is None else decision.pack(), decision.reason
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None
-
-
-def _unused_by(format: str) -> dict[str, Any]:
-    """Options that only ternary weights have, for the others."""
-    return {} if format == "ternary" else {"bits": None, "group_size": None}
 
 
 class Writer:

@@ -8,11 +8,13 @@ plan`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
-from ..formats import FORMATS
+from ..formats import FORMATS, get_format
 from ..options import Options
+from ..packed import PackedWeight
 
 # A format must save at least this share of the dense bytes to be worth leaving the engine's
 # own dense path.
@@ -21,10 +23,11 @@ MIN_SAVING = 0.10
 
 @dataclasses.dataclass(frozen=True)
 class Decision:
-    """A format's name (or `dense`), and the reason in words."""
+    """A format's name (or `dense`), the reason in words, and how to pack (None for dense)."""
 
     format: str
     reason: str
+    pack: Callable[[], PackedWeight] | None = None
 
 
 def choose(weight: torch.Tensor, options: Options) -> Decision:
@@ -35,20 +38,26 @@ def choose(weight: torch.Tensor, options: Options) -> Decision:
         options: of this module; `format` other than auto is obeyed.
     """
     if options.format != "auto":
-        return Decision(options.format, f"format {options.format} was asked for")
+        reason = f"format {options.format} was asked for"
+        if options.format == "dense":
+            return Decision("dense", reason)
+        return Decision(options.format, reason, lambda: get_format(options.format).pack(weight, options))
     if weight.numel() == 0:
         return Decision("dense", "the weight is empty")
     nnz = int(torch.count_nonzero(weight))
     dense_bytes = weight.numel() * weight.dtype.itemsize
     zeros = 1 - nnz / weight.numel()
-    sizes = {f.name: f.lossless_nbytes(weight, nnz, options) for f in FORMATS.values() if weight.dtype in f.dtypes}
-    candidates = {name: size for name, size in sizes.items() if size is not None}
+    found = {f.name: f.lossless(weight, nnz, options) for f in FORMATS.values() if weight.dtype in f.dtypes}
+    candidates = {name: candidate for name, candidate in found.items() if candidate is not None}
     if not candidates:
         name = str(weight.dtype).removeprefix("torch.")
         return Decision("dense", f"{name} weights: no lossless format (values bf16 or fp16 would round)")
-    best = min(candidates, key=lambda name: candidates[name])
-    ratio = candidates[best] / dense_bytes
+    best = min(candidates, key=lambda name: candidates[name].nbytes)
+    if options.activations == "int8" and "ternary" in candidates:
+        # The function it was trained for, and the same one on every rank, whatever its shard's zeros.
+        best = "ternary"
+    ratio = candidates[best].nbytes / dense_bytes
     if ratio > 1 - MIN_SAVING:
         # Grouped in summaries, so the reason names no number that differs by layer.
         return Decision("dense", "too few zeros for a sparse format to be smaller (prune with --sparsity)")
-    return Decision(best, f"{zeros:.0%} zeros: {ratio:.0%} of the dense bytes")
+    return Decision(best, f"{zeros:.0%} zeros: {ratio:.0%} of the dense bytes", candidates[best].pack)

@@ -111,7 +111,7 @@ def options_for(options: Options, names: Names, prefix: str) -> tuple[Options | 
         if reason is not None:
             return None, reason
     per_part = [options.for_module(part) for part in parts]
-    stored = {None if o is None else (o.format, o.values) for o in per_part}
+    stored = {None if o is None else (o.format, o.values, o.bits, o.activations) for o in per_part}
     if len(stored) > 1:
         listed = ", ".join(f"{n}: {'ignored' if o is None else o.format}" for n, o in zip(parts, per_part, strict=True))
         raise OptionError(
@@ -127,12 +127,17 @@ class ConfigAnswers:
     @staticmethod
     def options_of(config: Mapping[str, Any]) -> Options:
         """Options from config.json's quantization_config: ours, or a BitNet checkpoint's (all defaults)."""
-        return Options() if config.get("quant_method") == BITNET else Options.from_dict(config)
+        return Options() if ConfigAnswers.is_bitnet(config) else Options.from_dict(config)
+
+    @staticmethod
+    def is_bitnet(config: object) -> bool:
+        """Whether a quantization_config is a BitNet checkpoint's."""
+        return isinstance(config, Mapping) and config.get("quant_method") == BITNET
 
     @classmethod
     def override_quantization_method(cls, config: Any, user: str | None = None, **_: Any) -> str | None:
         """Claim BitNet checkpoints, which no engine runs by itself."""
-        return QUANT_METHOD if isinstance(config, Mapping) and config.get("quant_method") == BITNET else None
+        return QUANT_METHOD if cls.is_bitnet(config) else None
 
     @classmethod
     def get_name(cls) -> str:
@@ -222,6 +227,13 @@ class NormedKernel(LayerKernel):
         return y if bias is None else y + bias
 
 
+_CHANGES = {
+    "pruned": "{count} projections pruned as asked ('sparsity')",
+    "rounded": "{count} projections rounded as asked ('format')",
+    "head": "the output head was rounded as asked ('lm_head')",
+}
+
+
 def _one_magnitude(weight: torch.Tensor) -> float | None:
     """The scale of a ternary weight that has one for all, else None."""
     magnitude = weight.abs()
@@ -235,13 +247,19 @@ class Loading:
 
     Attributes:
         report: what became of every projection.
+        claimed: config.json says BitNet, so `bitnet` has to be known before weights come.
         bitnet: how a BitNet checkpoint stores its layers; None for others.
         scales: exact scale of HF modules that have one, where the engine's dtype rounds it.
+        activations: what a compiled checkpoint says of its ternary modules, by HF name.
+        heads: output heads converted as option `lm_head` asks.
     """
 
     report: Report = dataclasses.field(default_factory=Report)
+    claimed: bool = False
     bitnet: BitNet | None = None
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
+    activations: dict[str, str] = dataclasses.field(default_factory=dict)
+    heads: int = 0
 
     def weights(
         self,
@@ -254,6 +272,12 @@ class Loading:
 
         A compiled checkpoint (one with `modules`) is never changed again. `dtype` is the engine's.
         """
+        if self.claimed and self.bitnet is None:
+            raise CheckpointError(
+                "this BitNet checkpoint's headers could not be read before its weights came; "
+                "use a folder with safetensors files on this disk"
+            )
+        self.activations = {n: e.attributes["activations"] for n, e in modules.items() if "activations" in e.attributes}
         stream = checkpoint.expand(weights, modules)
         if self.bitnet is not None:
             stream = self.bitnet.expand(stream, convert.is_projection, dtype)
@@ -293,14 +317,17 @@ class Loading:
             WeightError: naming the module, for NaN or Inf.
         """
         weight = cast(torch.Tensor, layer.weight).data
+        norms = self._norms(prefix, parts, weight.dtype)
+        if options is None and norms:
+            raise OptionError(f"{prefix}: cannot be left dense, its input has a norm of its own; change 'ignore'")
         if options is None:
             self.report.add_dense(prefix, weight.nbytes, reason)
             return None
         if torch.isnan(weight).any():
             raise WeightError(f"{prefix}: weight has NaN values, or is missing from the checkpoint; {convert.FIX}")
-        if options.activations is None and self.bitnet is not None:
+        trained = self.bitnet is not None or "int8" in {self.activations.get(name) for name, _ in parts}
+        if options.activations is None and trained:
             options = dataclasses.replace(options, activations="int8")
-        norms = self._norms(prefix, parts)
         if norms:
             return self._convert_parts(layer, prefix, options, parts, norms)
         packed, reason = convert.pack_weight(prefix, weight, options)
@@ -311,7 +338,7 @@ class Loading:
         registry.select(packed.format, weight.device.type, packed.dtype)
         machine = packed.lower()
         self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
-        if packed.format == "int8":
+        if packed.format == "int8" and options.format == "int8" and parts:
             self.report.note("rounded")
         return LayerKernel(layer, machine, int8_activations=packed.attributes.get("activations") == "int8")
 
@@ -327,11 +354,18 @@ class Loading:
             first += count
         return Ternary().rescale(packed, scales[:1].clone() if (scales == scales[0]).all() else scales)
 
-    def _norms(self, prefix: str, parts: Sequence[tuple[str, int]]) -> list[torch.Tensor]:
+    def convert_head(self, layer: torch.nn.Module, prefix: str, format: str) -> LayerKernel | None:
+        """Pack the output head as option `lm_head` asks."""
+        kernel = self.convert(layer, prefix, Options(format=format), "")
+        self.heads += 1
+        self.report.note("head")
+        return kernel
+
+    def _norms(self, prefix: str, parts: Sequence[tuple[str, int]], dtype: torch.dtype) -> list[torch.Tensor]:
         """The norm of each part's input, for BitNet layers that have their own (`use_rms_norm`)."""
         if self.bitnet is None or self.bitnet.rms_norm_eps is None:
             return []
-        norms = [self.bitnet.norms[name] for name, _ in parts if name in self.bitnet.norms]
+        norms = [self.bitnet.norms.pop(name).to(dtype) for name, _ in parts if name in self.bitnet.norms]
         if norms and len(norms) != len(parts):
             raise CheckpointError(f"{prefix}: some of its parts have an rms_norm in the checkpoint, some have none")
         return norms
@@ -376,11 +410,18 @@ class Loading:
         if not any(line.reason != convert.IGNORED for line in lines):
             why = "'ignore' covers all of them" if lines else "none of its layers is a linear layer of the engine"
             raise OptionError(f"{QUANT_METHOD}: no projection to convert: {why}; change 'ignore' or drop the flag")
+        if options.lm_head != "keep" and not self.heads:
+            raise OptionError(
+                f"option 'lm_head' = {options.lm_head!r}: this model's output head does not ask a quantization "
+                "method in this engine; allowed: keep"
+            )
+        if self.bitnet is not None and self.bitnet.norms:
+            raise CheckpointError(f"no layer of the engine took the norm of {next(iter(self.bitnet.norms))}")
         for what, count in self.report.changed.items():
-            option = {"pruned": "sparsity", "rounded": "format"}[what]
-            log(f"{count} projections {what} as asked ('{option}'): not the checkpoint's function any more")
+            log(_CHANGES[what].format(count=count) + ": not the checkpoint's function any more")
         if self.bitnet is not None:
-            log("BitNet checkpoint: ternary weights, int8 activations per token, as it was trained")
+            kept = "bf16 activations as asked" if options.activations == "keep" else "int8 activations per token"
+            log(f"BitNet checkpoint: {self.bitnet.kind}, {kept}")
         if options.values is not None or any(rule.get("values") for rule in options.rules):
             log("values converted as asked ('values'): rounding may change the checkpoint's function")
         for line in self.report.summary():

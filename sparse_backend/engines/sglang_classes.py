@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from sglang.srt.layers.linear import LinearBase
+from sglang.srt.layers.linear import LinearBase, RowParallelLinear
 from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -46,6 +46,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         # SGLang adds two keys of its own to the checkpoint's.
         own = {k: v for k, v in config.items() if k not in ("packed_modules_mapping", "hf_config")}
         result = cls(cls.options_of(own))
+        result.loading.claimed = cls.is_bitnet(own)
         if result.options.lm_head != "keep":
             raise OptionError("option 'lm_head' is not available on SGLang yet; allowed: keep")
         result.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
@@ -94,6 +95,8 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.kernel = self.config.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             super().process_weights_after_loading(layer)
+        elif self.kernel.int8_activations and isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+            raise OptionError(f"{self.prefix}: int8 activations are not available under tensor parallelism on SGLang")
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.kernel is not None:

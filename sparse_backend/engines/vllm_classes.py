@@ -55,7 +55,9 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseCompiledConfig:
-        return cls(cls.options_of(config))
+        result = cls(cls.options_of(config))
+        result.loading.claimed = cls.is_bitnet(config)
+        return result
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         info = common.read_checkpoint(model_name, revision)
@@ -71,7 +73,8 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         self.names.learn(self.hf_modules, hf_to_vllm_mapper.map_name)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> Any:
-        if isinstance(layer, ParallelLMHead) and self.options.lm_head != "keep":
+        ignored = self.options.for_module("lm_head") is None
+        if isinstance(layer, ParallelLMHead) and self.options.lm_head != "keep" and not ignored:
             return SparseCompiledHeadMethod(self, prefix)
         if not isinstance(layer, LinearBase):
             return None
@@ -142,12 +145,12 @@ class SparseCompiledHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc
         super().__init__()
         self.loading = config.loading
         self.prefix = prefix
-        self.options = Options(format=config.options.lm_head)
+        self.format = config.options.lm_head
         self.kernel: common.LayerKernel | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.kernel is None:
-            self.kernel = self.loading.convert(layer, self.prefix, self.options, "")
+            self.kernel = self.loading.convert_head(layer, self.prefix, self.format)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.kernel is None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from ..errors import OptionError
-from .base import Format, TensorSpec, naive_linear
+from .base import Candidate, Format, TensorSpec, naive_linear
 from .bitmask import Bitmask
 from .int8 import Int8
 from .ternary import Ternary
 
 FORMATS: dict[str, Format] = {f.name: f for f in (Bitmask(), Ternary(), Int8())}
 
-__all__ = ["FORMATS", "Format", "TensorSpec", "get_format", "naive_linear"]
+__all__ = ["FORMATS", "Candidate", "Format", "TensorSpec", "get_format", "naive_linear"]
 
 
 def get_format(name: str) -> Format:

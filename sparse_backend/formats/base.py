@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import ClassVar
 
 import torch
@@ -31,6 +31,14 @@ class TensorSpec:
     shape: str
 
 
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A format that holds one weight exactly: bytes of the canonical form, and how to make it."""
+
+    nbytes: int
+    pack: Callable[[], PackedWeight]
+
+
 class Format(abc.ABC):
     """A way to store a weight [N, K].
 
@@ -42,8 +50,8 @@ class Format(abc.ABC):
     dtypes: ClassVar[tuple[torch.dtype, ...]]
 
     @abc.abstractmethod
-    def lossless_nbytes(self, weight: torch.Tensor, nnz: int, options: Options) -> int | None:
-        """Bytes of the canonical form if it holds exactly this weight (of one of `dtypes`), else None."""
+    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
+        """How this format would hold exactly this weight (of one of `dtypes`), or None if it cannot."""
 
     @abc.abstractmethod
     def pack(self, weight: torch.Tensor, options: Options) -> PackedWeight:

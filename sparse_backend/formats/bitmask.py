@@ -15,7 +15,7 @@ import torch
 from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
-from .base import Format, TensorSpec
+from .base import Candidate, Format, TensorSpec
 
 
 class Bitmask(Format):
@@ -28,8 +28,9 @@ class Bitmask(Format):
         TensorSpec("values", None, 1, "[nnz]"),
     )
 
-    def lossless_nbytes(self, weight: torch.Tensor, nnz: int, options: Options) -> int | None:
-        return weight.shape[0] * ((weight.shape[1] + 7) // 8) + nnz * weight.dtype.itemsize
+    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
+        nbytes = weight.shape[0] * ((weight.shape[1] + 7) // 8) + nnz * weight.dtype.itemsize
+        return Candidate(nbytes, lambda: self._pack(weight))
 
     def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return shapes["values"][0]

@@ -2,7 +2,9 @@
 
 Symmetric round-to-nearest: w = scale * q, q in -127..127, scale = max|w| / 127 of the row (the
 weight half of LLM.int8(), Dettmers et al., 2022). Activations keep 15 bits. Meant for `lm_head`,
-which in a ternary model costs more than all other layers together.
+which in a ternary model costs more than all other layers together. A compiled projection is
+rounded again as an engine loads it: its codes stay, its scales may move by the rounding of the
+engine's dtype.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import torch
 from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
-from .base import Format, TensorSpec
+from .base import Candidate, Format, TensorSpec
 
 
 def _quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -39,7 +41,7 @@ class Int8(Format):
         TensorSpec("scales", torch.float32, 2, "[N, 1]"),
     )
 
-    def lossless_nbytes(self, weight: torch.Tensor, nnz: int, options: Options) -> int | None:
+    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
         return None
 
     def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:

@@ -13,9 +13,10 @@ import torch
 from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
-from .base import Format, TensorSpec
+from .base import Candidate, Format, TensorSpec
 
 GROUP_SIZES = (256, 128, 64, 32)
+MAX_COLUMNS = 65536  # what the kernels' int32 sums hold; lowering a longer row is an error
 _PER_BYTE = {2: 4, 1.6: 5}
 # int8 numbers an activation becomes: exact enough to stand for fp32 sums, or BitNet's rule.
 _LIMBS = {"keep": 3, "int8": 1}
@@ -89,12 +90,13 @@ class Ternary(Format):
         TensorSpec("scales", None, 2, "[1, 1], [N, 1] or [N, ceil(K / group_size)]"),
     )
 
-    def lossless_nbytes(self, weight: torch.Tensor, nnz: int, options: Options) -> int | None:
-        found = _scan(weight)
+    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
+        found = _scan(weight) if weight.shape[1] <= MAX_COLUMNS else None
         if found is None:
             return None
-        per_byte = _PER_BYTE[options.bits or 2]
-        return weight.shape[0] * -(-weight.shape[1] // per_byte) + found[1].nbytes
+        codes, scales, group_size = found
+        nbytes = weight.shape[0] * -(-weight.shape[1] // _PER_BYTE[options.bits or 2]) + scales.nbytes
+        return Candidate(nbytes, lambda: self.from_codes(codes, scales, group_size, options))
 
     def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:
         return weight if _scan(weight) is not None else absmean(weight, options.group_size)
@@ -145,7 +147,7 @@ class Ternary(Format):
         group_size = packed.attributes["group_size"]
         if group_size:
             scales = scales.repeat_interleave(group_size, dim=1)[:, :k]
-        # + 0.0: a code of zero times a scale is never -0.0
+        # + 0.0: a code of -1 under a scale of zero is not -0.0
         return (self.codes(packed).to(packed.dtype) * scales).add_(0.0).view(n, k)
 
     def lower(self, packed: PackedWeight) -> MachineWeight:

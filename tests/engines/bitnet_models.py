@@ -19,10 +19,15 @@ Tensors = dict[str, torch.Tensor]
 
 
 def rewrite(target: Path, change: Callable[[Tensors], Tensors], source: Path = TERNARY, **quantization: Any) -> Path:
-    """A copy with other tensors and other keys in its quantization_config; None removes it."""
+    """A copy with other tensors and other keys in its quantization_config; None removes it.
+
+    Biases in the tensors are told to config.json.
+    """
     shutil.copytree(source, target)
     save_file(change(load_file(target / "model.safetensors")), target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text())
+    if any(name.endswith("q_proj.bias") for name in load_file(target / "model.safetensors")):
+        config["attention_bias"] = True
     own = {**config.pop("quantization_config", {}), **quantization}
     if None not in quantization.values():
         config["quantization_config"] = own
@@ -63,6 +68,16 @@ def with_norms(tensors: Tensors) -> Tensors:
     return tensors
 
 
+def with_biases(tensors: Tensors) -> Tensors:
+    """On the attention's layers, as transformers has them: autobitlinear scales them with the product."""
+    generator = torch.Generator().manual_seed(0)
+    for name in packed_modules(tensors):
+        if ".self_attn." in name:
+            n = 4 * tensors[f"{name}.weight"].shape[0]
+            tensors[f"{name}.bias"] = torch.randn(n, generator=generator).bfloat16()
+    return tensors
+
+
 def unpacked(tensors: Tensors) -> Tensors:
     """Codes as bf16, the scale still apart."""
     for name in packed_modules(tensors):
@@ -76,6 +91,7 @@ FORMS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any]]] = {
     "online": (as_masters, {"quantization_mode": "online"}),
     "unpacked": (unpacked, {}),
     "autobitlinear with norms": (with_norms, {"use_rms_norm": True, "rms_norm_eps": 1e-5}),
+    "autobitlinear with biases": (with_biases, {}),
     "bitlinear with norms": (
         lambda t: with_norms(as_bitlinear(t)),
         {"linear_class": "bitlinear", "use_rms_norm": True, "rms_norm_eps": 1e-5},

@@ -82,7 +82,7 @@ inline Plan make_plan(Storage storage, int64_t in_features, int64_t group_size) 
   p.tail_bytes = static_cast<int>((rest % 16 + 3) / 4);
   p.panel_bytes = kLine * (p.lines5 + p.lines2 + p.lines8) + kPanelRows * p.tail_bytes;
   if (group_size > 0) p.segment = storage == Storage::kFiveTrits ? kGroupSpan : group_size;
-  p.segments = group_size > 0 ? (in_features + p.segment - 1) / p.segment : 1;
+  p.segments = group_size > 0 && in_features > 0 ? (in_features + p.segment - 1) / p.segment : 1;
   return p;
 }
 

@@ -95,7 +95,7 @@ int64_t encode(const int8_t* codes, int64_t n, int64_t k, int per_byte, uint8_t*
 int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t* codes,
                const ThreadPool& pool) {
   const int64_t stride = canonical_stride(k, per_byte);
-  // Five codes for every byte value; the fifth says for two bits whether the byte holds a 3.
+  // The codes of every byte value, and whether all of them exist.
   int8_t table[256][5];
   bool valid[256];
   for (int byte = 0; byte < 256; ++byte) {
