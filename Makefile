@@ -36,7 +36,9 @@ test-quick: env-vllm
 test-asan: env-vllm
 	@$(VLLM)/python tools/run_asan.py
 
+# llama.cpp is a peer: compiled once for this machine, which takes minutes.
 bench: env-vllm
+	@$(VLLM)/python -m pip install --quiet "$$(ls build/wheel/*.whl)[bench]"
 	@$(VLLM)/python benchmarks/kernels.py
 	@$(VLLM)/python benchmarks/kernels.py --format ternary
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -46,8 +45,8 @@ def ask_vllm(model: Path, extra: dict[str, Any], batch: int, threads: int, args:
     }
     if batch == 1:
         job["prefill"] = {"tokens": PREFILL, "repeats": args.repeats}
-    reserved = max(0, len(os.sched_getaffinity(0)) - threads)
-    result = run([job], VLLM_CPU_NUM_OF_RESERVED_CPU=str(reserved))[0]
+    # vLLM takes this before it counts cores itself.
+    result = run([job], OMP_NUM_THREADS=str(threads), VLLM_CPU_OMP_THREADS_BIND="nobind")[0]
     if result["threads"] != threads:
         raise RuntimeError(f"vLLM computes with {result['threads']} threads, not {threads}")
     return {
@@ -78,6 +77,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             ggml_peer.write_gguf(model, folder / f"{kind}.gguf", kind)
             gguf = folder / f"{kind}.gguf"
             contenders[f"llama.cpp {kind}"] = lambda b, t, gguf=gguf: ask_llama(gguf, b, t, args)
+    contenders = {name: ask for name, ask in contenders.items() if any(part in name for part in args.engines)}
     rows: list[dict[str, Any]] = []
     for threads in args.threads:
         for batch in args.batch:

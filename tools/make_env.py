@@ -149,7 +149,7 @@ def main() -> None:
     if state[:1] != [ENGINES[engine]]:
         (install_vllm if engine == "vllm" else install_sglang)(env)
         env.done.write_text(f"{ENGINES[engine]} none")
-    install_package(env, "[dev,bench]" if engine == "vllm" else "")
+    install_package(env, "[dev]" if engine == "vllm" else "")
     env.done.write_text(f"{ENGINES[engine]} {digest}")
     say(f"{folder} is ready ({time.monotonic() - start:.0f} s)")
 

@@ -21,6 +21,14 @@ from ..packed import PackedWeight
 MIN_SAVING = 0.10
 
 
+def _nnz(weight: torch.Tensor) -> int:
+    from ..kernels import cpu
+
+    if weight.dtype in (torch.bfloat16, torch.float16) and weight.is_contiguous():
+        return int(cpu.ops().count_nonzero(weight))  # torch's takes as long as all of packing
+    return int(torch.count_nonzero(weight))
+
+
 @dataclasses.dataclass(frozen=True)
 class Decision:
     """A format's name (or `dense`), the reason in words, and how to pack (None for dense)."""
@@ -44,7 +52,7 @@ def choose(weight: torch.Tensor, options: Options) -> Decision:
         return Decision(options.format, reason, lambda: get_format(options.format).pack(weight, options))
     if weight.numel() == 0:
         return Decision("dense", "the weight is empty")
-    nnz = int(torch.count_nonzero(weight))
+    nnz = _nnz(weight)
     dense_bytes = weight.numel() * weight.dtype.itemsize
     zeros = 1 - nnz / weight.numel()
     found = {f.name: f.lossless(weight, nnz, options) for f in FORMATS.values() if weight.dtype in f.dtypes}

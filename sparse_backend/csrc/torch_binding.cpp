@@ -51,6 +51,13 @@ void check_bytes(const Tensor& t, int64_t dim, const char* what) {
                   " must be a contiguous uint8 tensor of ", dim, " dimension(s)");
 }
 
+int64_t count_nonzero(const Tensor& weight) {
+  STD_TORCH_CHECK(weight.is_contiguous() && dtype_of(weight, "weight") != DType::kFp32,
+                  "weight must be contiguous, bfloat16 or float16");
+  return sparse_backend::bitmask::count_nonzero(static_cast<const uint16_t*>(weight.const_data_ptr()), weight.numel(),
+                                                torch_pool());
+}
+
 std::tuple<Tensor, Tensor> bitmask_pack(const Tensor& weight) {
   using namespace sparse_backend::bitmask;
   STD_TORCH_CHECK(weight.dim() == 2, "weight must have two dimensions [N, K], got ", weight.dim());
@@ -237,7 +244,7 @@ Tensor lowbit_lower(const Tensor& weights, int64_t per_byte, int64_t group_size,
   sparse_backend::advise_huge_pages(buffer, bytes);
   const int64_t bad =
       lower(static_cast<const int8_t*>(weights.const_data_ptr()), header, buffer, torch_pool());
-  STD_TORCH_CHECK(bad == 0, bad, " weight(s) are out of range");
+  STD_TORCH_CHECK(bad == 0, bad, " row(s) hold weights out of range");
   return packed;
 }
 
@@ -281,6 +288,7 @@ Tensor lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scales
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sparse_backend, m) {
+  m.def("count_nonzero(Tensor weight) -> int");
   m.def("bitmask_pack(Tensor weight) -> (Tensor mask, Tensor values)");
   m.def("bitmask_unpack(Tensor mask, Tensor values, int in_features) -> Tensor");
   m.def("bitmask_lower(Tensor mask, Tensor values, int in_features) -> Tensor");
@@ -295,6 +303,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_backend, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_backend, CPU, m) {
+  m.impl("count_nonzero", TORCH_BOX(&count_nonzero));
   m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack));
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack));
   m.impl("bitmask_lower", TORCH_BOX(&bitmask_lower));

@@ -234,6 +234,12 @@ _CHANGES = {
 }
 
 
+def _refuse_nan(prefix: str, weight: torch.Tensor) -> None:
+    """What packs was looked at while packing; this is for weights that do not."""
+    if torch.isnan(weight).any():
+        raise WeightError(f"{prefix}: weight has NaN values, or is missing from the checkpoint; {convert.FIX}")
+
+
 def _one_magnitude(weight: torch.Tensor) -> float | None:
     """The scale of a ternary weight that has one for all, else None."""
     magnitude = weight.abs()
@@ -323,15 +329,18 @@ class Loading:
         if options is None:
             self.report.add_dense(prefix, weight.nbytes, reason)
             return None
-        if torch.isnan(weight).any():
-            raise WeightError(f"{prefix}: weight has NaN values, or is missing from the checkpoint; {convert.FIX}")
         trained = self.bitnet is not None or "int8" in {self.activations.get(name) for name, _ in parts}
         if options.activations is None and trained:
             options = dataclasses.replace(options, activations="int8")
         if norms:
             return self._convert_parts(layer, prefix, options, parts, norms)
-        packed, reason = convert.pack_weight(prefix, weight, options)
+        try:
+            packed, reason = convert.pack_weight(prefix, weight, options)
+        except WeightError:
+            _refuse_nan(prefix, weight)
+            raise
         if packed is None:
+            _refuse_nan(prefix, weight)
             self.report.add_dense(prefix, weight.nbytes, reason)
             return None
         packed = self._exact(packed, parts)

@@ -129,6 +129,10 @@ def _register_fakes() -> None:
         n, k = weight.shape
         return weight.new_empty((n, (k + 7) // 8), dtype=torch.uint8), weight.new_empty((nnz,))
 
+    @torch.library.register_fake("sparse_backend::count_nonzero")  # type: ignore[untyped-decorator]
+    def _count(weight: torch.Tensor) -> int:
+        raise NotImplementedError("how many weights are zero depends on their data")
+
     @torch.library.register_fake("sparse_backend::bitmask_unpack")  # type: ignore[untyped-decorator]
     def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
         return values.new_empty((mask.shape[0], in_features))

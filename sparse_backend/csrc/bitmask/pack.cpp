@@ -187,4 +187,20 @@ const char* parse(const uint8_t* buffer, int64_t bytes, View* view) {
   return nullptr;
 }
 
+int64_t count_nonzero(const uint16_t* values, int64_t count, const ThreadPool& pool) {
+  constexpr int64_t kBlock = 16384;  // fits a 16-bit counter, which vectors count in
+  std::atomic<int64_t> total{0};
+  parallel_ranges(pool, (count + kBlock - 1) / kBlock, 16, [&](int64_t begin, int64_t end) {
+    int64_t sum = 0;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t last = (b + 1) * kBlock < count ? (b + 1) * kBlock : count;
+      uint16_t here = 0;
+      for (int64_t i = b * kBlock; i < last; ++i) here += static_cast<uint16_t>((values[i] & 0x7FFF) != 0);
+      sum += here;
+    }
+    total.fetch_add(sum, std::memory_order_relaxed);
+  });
+  return total;
+}
+
 }  // namespace sparse_backend::bitmask

@@ -45,4 +45,7 @@ int64_t machine_bytes(int64_t out_features, int64_t in_features, int64_t nnz);
 // Writes the machine form; `row_start` as above.
 void lower(const Canonical& weight, const int64_t* row_start, uint8_t* buffer, const ThreadPool& pool);
 
+// How many of `count` 16-bit floats are neither +0 nor -0.
+int64_t count_nonzero(const uint16_t* values, int64_t count, const ThreadPool& pool);
+
 }  // namespace sparse_backend::bitmask

@@ -49,6 +49,7 @@ bool scan_rows(const Bits* weight, int64_t n, int64_t k, int64_t group, int8_t* 
   return ternary;
 }
 
+// Codes -1, 0, 1 of one canonical byte; what is past the last column counts as code 0.
 uint8_t encode_byte(const int8_t* codes, int64_t count, int per_byte) {
   int value = 0, unit = 1;
   for (int i = 0; i < per_byte; ++i) {
@@ -56,6 +57,15 @@ uint8_t encode_byte(const int8_t* codes, int64_t count, int per_byte) {
     unit *= per_byte == 4 ? 4 : 3;
   }
   return static_cast<uint8_t>(value);
+}
+
+// The same for a whole byte of four, as one 32-bit number: codes are at most 2, so the shifts
+// bring them together without carries.
+uint8_t encode_four(const int8_t* codes) {
+  uint32_t four;
+  std::memcpy(&four, codes, sizeof(four));
+  four = ((four & 0x7F7F7F7FU) + 0x01010101U) ^ (four & 0x80808080U);  // + 1 in every byte, no carries
+  return static_cast<uint8_t>(four | four >> 6 | four >> 12 | four >> 18);
 }
 
 }  // namespace
@@ -84,8 +94,12 @@ int64_t encode(const int8_t* codes, int64_t n, int64_t k, int per_byte, uint8_t*
     if (wrong != 0) return;
     for (int64_t row = begin; row < end; ++row) {
       const int8_t* in = codes + row * k;
-      for (int64_t b = 0; b < stride; ++b) {
-        out[row * stride + b] = encode_byte(in + b * per_byte, k - b * per_byte, per_byte);
+      const int64_t whole = k / per_byte;
+      for (int64_t b = 0; b < whole; ++b) {
+        out[row * stride + b] = per_byte == 4 ? encode_four(in + 4 * b) : encode_byte(in + 5 * b, 5, 5);
+      }
+      if (whole < stride) {
+        out[row * stride + whole] = encode_byte(in + whole * per_byte, k - whole * per_byte, per_byte);
       }
     }
   });
@@ -113,13 +127,20 @@ int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t
   parallel_ranges(pool, n, rows_at_once(k), [&](int64_t begin, int64_t end) {
     int64_t wrong = 0;
     for (int64_t row = begin; row < end; ++row) {
-      for (int64_t b = 0; b < stride; ++b) {
-        const uint8_t byte = packed[row * stride + b];
-        const int64_t left = k - b * per_byte;
+      const uint8_t* in = packed + row * stride;
+      int8_t* out = codes + row * k;
+      const int64_t whole = k / per_byte;
+      for (int64_t b = 0; b < whole; ++b, out += per_byte) {
+        wrong += !valid[in[b]];
+        std::memcpy(out, table[in[b]], 4);
+        if (per_byte == 5) out[4] = table[in[b]][4];
+      }
+      if (whole < stride) {
+        const uint8_t byte = in[whole];
         bool good = valid[byte];
         for (int i = 0; i < per_byte; ++i) {
-          if (i < left) {
-            codes[row * k + b * per_byte + i] = table[byte][i];
+          if (i < k - whole * per_byte) {
+            out[i] = table[byte][i];
           } else {
             good = good && table[byte][i] == -1;  // padding is code 0
           }
@@ -134,34 +155,36 @@ int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t
 
 namespace {
 
-// One panel's rows, [kPanelRows][columns] of codes, written as lines.
-void write_panel(const Plan& plan, const uint8_t* codes, int64_t columns, uint8_t* out) {
+uint32_t four_codes(const uint8_t* codes) {
+  uint32_t four;
+  std::memcpy(&four, codes, sizeof(four));
+  return four;
+}
+
+// One row of codes into its dwords of a panel's lines. Four columns are one 32-bit number, and
+// shifts and products of all four stay within their bytes: 2 * (1 + 3 + 9 + 27 + 81) < 256.
+void write_row(const Plan& plan, const uint8_t* codes, int row, uint8_t* panel) {
   const int block_lines = plan.span / 4;
-  static constexpr int kUnits[5] = {1, 3, 9, 27, 81};
-  const auto code = [&](int row, int64_t column) { return codes[row * columns + column]; };
-  for (int64_t i = 0; i < plan.lines5; ++i, out += kLine) {
-    const int64_t at = i / block_lines * 5 * plan.span + i % block_lines * 4;
-    for (int byte = 0; byte < kLine; ++byte) {
-      int value = 0;
-      for (int slot = 0; slot < 5; ++slot)
-        value += kUnits[slot] * code(byte / 4, at + slot * plan.span + byte % 4);
-      out[byte] = static_cast<uint8_t>(value);
-    }
-  }
-  const auto two_bits = [&](int row, int64_t column, int step) {
-    return static_cast<uint8_t>(code(row, column) | code(row, column + step) << 2 |
-                                code(row, column + 2 * step) << 4 | code(row, column + 3 * step) << 6);
+  uint8_t* out = panel + 4 * row;
+  const auto put = [&](uint32_t dword) {
+    std::memcpy(out, &dword, sizeof(dword));
+    out += kLine;
   };
-  int64_t at = plan.lines5 * 20;
-  for (int64_t i = 0; i < plan.lines2; ++i, out += kLine, at += 16) {
-    for (int byte = 0; byte < kLine; ++byte) out[byte] = two_bits(byte / 4, at + byte % 4, 4);
+  for (int64_t i = 0; i < plan.lines5; ++i) {
+    const uint8_t* c = codes + i / block_lines * 5 * plan.span + i % block_lines * 4;
+    const int span = plan.span;
+    put(four_codes(c) + 3 * four_codes(c + span) + 9 * four_codes(c + 2 * span) + 27 * four_codes(c + 3 * span) +
+        81 * four_codes(c + 4 * span));
   }
-  for (int row = 0; row < kPanelRows; ++row) {
-    for (int byte = 0; byte < plan.tail_bytes; ++byte) *out++ = two_bits(row, at + 4 * byte, 1);
+  codes += plan.lines5 * 20;
+  for (int64_t i = 0; i < plan.lines2; ++i, codes += 16) {
+    put(four_codes(codes) | four_codes(codes + 4) << 2 | four_codes(codes + 8) << 4 | four_codes(codes + 12) << 6);
   }
-  for (int64_t i = 0; i < plan.lines8; ++i, out += kLine) {
-    for (int byte = 0; byte < kLine; ++byte) out[byte] = code(byte / 4, 4 * i + byte % 4);
+  uint8_t* tail = panel + (plan.lines5 + plan.lines2) * kLine + row * plan.tail_bytes;
+  for (int b = 0; b < plan.tail_bytes; ++b, codes += 4) {
+    *tail++ = static_cast<uint8_t>(codes[0] | codes[1] << 2 | codes[2] << 4 | codes[3] << 6);
   }
+  for (int64_t i = 0; i < plan.lines8; ++i, codes += 4) put(four_codes(codes));
 }
 
 }  // namespace
@@ -176,24 +199,26 @@ int64_t lower(const int8_t* weights, const Header& header, uint8_t* out, const T
   const int64_t panels = panel_count(n), columns = plan.padded + 64;
   std::atomic<int64_t> bad{0};
   parallel_ranges(pool, panels, 1, [&](int64_t begin, int64_t end) {
-    // Past the last row and column weights are 0 (code `offset`), past whole bytes code 0.
-    uint8_t* codes = new uint8_t[kPanelRows * columns];
+    // Past the last row weights are 0 (code `offset`), past the last column code 0.
+    uint8_t* codes = new uint8_t[columns];
     int64_t wrong = 0;
     for (int64_t p = begin; p < end; ++p) {
-      std::memset(codes, 0, kPanelRows * columns);
       for (int row = 0; row < kPanelRows; ++row) {
-        uint8_t* to = codes + row * columns;
+        std::memset(codes + k, 0, columns - k);
         if (p * kPanelRows + row >= n) {
-          std::memset(to, offset, k);
-          continue;
+          std::memset(codes, offset, k);
+        } else {
+          const int8_t* from = weights + (p * kPanelRows + row) * k;
+          int bad_here = 0;
+          for (int64_t i = 0; i < k; ++i) {
+            bad_here |= from[i] > limit || from[i] < -limit;
+            codes[i] = static_cast<uint8_t>(from[i] + offset);
+          }
+          wrong += bad_here;
+          if (bad_here != 0) continue;
         }
-        const int8_t* from = weights + (p * kPanelRows + row) * k;
-        for (int64_t i = 0; i < k; ++i) {
-          wrong += from[i] > limit || from[i] < -limit;
-          to[i] = static_cast<uint8_t>(from[i] + offset);
-        }
+        write_row(plan, codes, row, out + kHeaderBytes + p * plan.panel_bytes);
       }
-      if (wrong == 0) write_panel(plan, codes, columns, out + kHeaderBytes + p * plan.panel_bytes);
     }
     delete[] codes;
     bad.fetch_add(wrong, std::memory_order_relaxed);

@@ -27,7 +27,7 @@ int64_t decode(const uint8_t* packed, int64_t n, int64_t k, int per_byte, int8_t
                const ThreadPool& pool);
 
 // weights [N, K] (-1, 0, 1, or -127..127 for int8) to the machine form; `out` has machine_bytes().
-// Returns how many weights were out of range.
+// Returns how many rows hold weights out of range.
 int64_t lower(const int8_t* weights, const Header& header, uint8_t* out, const ThreadPool& pool);
 
 // Reads and checks the header of a machine form; returns what is wrong, or nullptr.
