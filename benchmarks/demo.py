@@ -1,9 +1,10 @@
-"""`make demo`: a pruned language model through vLLM, dense and compiled, with honest numbers.
+"""`make demo`: a pruned and a 1.58-bit language model through vLLM, with honest numbers.
 
 Part 1, quality: the shipped model completes a snippet dense, pruned to 50% and compiled; the
 last two must give the same tokens. Perplexity on a library module it never saw, at 0, 30, 50
 and 70%. Part 2, speed: a random Llama with realistic layers at 70%, plain vLLM against the
-same checkpoint with --quantization sparse-compiled.
+same checkpoint with --quantization sparse-compiled. Part 3: a BitNet model as Hugging Face packs
+it, served with no flag; and the speed of the same random Llama with ternary weights.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import sys
 import tempfile
 import time
@@ -29,10 +31,12 @@ from sparse_backend.report import human_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "models" / "python-lm"
+TERNARY = ROOT / "models" / "python-lm-ternary"
 SNIPPET = "def read_config(path):\n    with open(path) as f:\n        "
 # Held out of the model's training; read from the interpreter that runs this.
 HELD_OUT = "textwrap"
 FLAG = {"quantization": "sparse-compiled"}
+INT8 = {"hf_overrides": {"quantization_config": {"quant_method": "sparse-compiled", "activations": "int8"}}}
 LAYERS, SPARSITY = 6, 0.7
 
 console = Console(width=min(120, max(90, Console().width)))
@@ -82,31 +86,42 @@ def quality(folder: Path) -> bool:
     return same
 
 
-def speed(folder: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+def bitnet(folder: Path) -> bool:
+    """The shipped BitNet model, packed and compiled: the same tokens, at an eighth of the bytes."""
+    console.print(f"\n[bold]3. A 1.58-bit model ({TERNARY.name}, 5.8M parameters), served as it is[/bold]")
+    compile_checkpoint(TERNARY, folder / "ternary", Options())
+    args = {"max_model_len": 600}
+    job = {"prompts": [SNIPPET], "max_tokens": 48, "args": args, "windows": held_out_windows()}
+    packed, compiled = run([{"model": str(TERNARY), **job}, {"model": str(folder / "ternary"), **job}])
+    console.print(SNIPPET + packed["text"][0], highlight=False, markup=False)
+    same = packed["tokens"] == compiled["tokens"]
+    verdict = "[green]identical[/green]" if same else "[red]DIFFERENT[/red]"
+    size = inspect(folder / "ternary").by_format()[0]
     console.print(
-        f"\n[bold]2. Speed: random Llama, hidden 2560, intermediate 6912, {LAYERS} layers, {SPARSITY:.0%} zeros[/bold]"
+        f"tokens of Hugging Face's packing and of ours: {verdict}; perplexity {packed['perplexity']:.1f}; projections "
+        f"{human_bytes(size.dense_bytes)} in bf16, {human_bytes(size.packed_bytes)} packed\n",
+        highlight=False,
     )
-    save_llama(folder / "llama", demo_config(LAYERS), SPARSITY)
+    return same
+
+
+def speed(folder: Path, name: str, sparsity: float, ternary: bool = False) -> None:
+    save_llama(folder / name, demo_config(LAYERS), sparsity, ternary=ternary)
     args = {"skip_tokenizer_init": True, "max_model_len": 512}
     job = {
-        "model": str(folder / "llama"),
+        "model": str(folder / name),
         "speed": {"tokens": 36, "repeats": 5},
         "prompts": [[5, 6, 7, 8]],
         "max_tokens": 24,
     }
     # A process each, so that each one's memory is its own.
     dense = run([{**job, "args": args}])[0]
-    compiled = run([{**job, "args": {**args, **FLAG}}])[0]
-    return dense, compiled
+    compiled = run([{**job, "args": {**args, **(INT8 if ternary else FLAG)}}])[0]
+    show_speed(dense, compiled)
+    shutil.rmtree(folder / name)
 
 
-def main() -> int:
-    start = time.monotonic()
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-    with tempfile.TemporaryDirectory(prefix="sparse-backend-demo-") as name:
-        folder = Path(name)
-        same = quality(folder)
-        dense, compiled = speed(folder)
+def show_speed(dense: dict[str, Any], compiled: dict[str, Any]) -> None:
     agree = sum(a == b for a, b in zip(dense["tokens"][0], compiled["tokens"][0], strict=True))
     console.print(
         f"compute threads: {dense['threads']} dense, {compiled['threads']} compiled; eager; batch 1", highlight=False
@@ -123,6 +138,20 @@ def main() -> int:
     table.add_row("loading, s", f"{dense['load_s']:.1f}", f"{compiled['load_s']:.1f}", "")
     table.add_row("greedy tokens in common", "24", str(agree), "random weights: ties are common")
     console.print(table)
+
+
+def main() -> int:
+    start = time.monotonic()
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+    shape = f"random Llama, hidden 2560, intermediate 6912, {LAYERS} layers"
+    with tempfile.TemporaryDirectory(prefix="sparse-backend-demo-") as name:
+        folder = Path(name)
+        same = quality(folder)
+        console.print(f"\n[bold]2. Speed: {shape}, {SPARSITY:.0%} zeros[/bold]")
+        speed(folder, "llama", SPARSITY)
+        same &= bitnet(folder)
+        console.print(f"[bold]   Speed: {shape}, ternary weights, int8 activations[/bold]")
+        speed(folder, "ternary-llama", 0.0, ternary=True)
     console.print(f"done in {time.monotonic() - start:.0f} s", highlight=False)
     return 0 if same else 1
 

@@ -81,7 +81,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ternary", action="store_true", help="ternary weights instead of sparse ones")
     parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1], help="with --ternary")
-    parser.add_argument("--engines", nargs="+", default=[""], help="with --ternary: only names that contain one of these")
+    parser.add_argument(
+        "--engines", nargs="+", default=[""], help="with --ternary: only names that contain one of these"
+    )
     parser.add_argument("--zeros", nargs="+", type=float, default=[0.7])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--layers", type=int, default=12, help="12 layers are 836M parameters")

@@ -9,4 +9,5 @@ SHAPES: dict[str, tuple[int, int]] = {
     "llama3-8b o": (4096, 4096),
     "bitnet-2b gate/up": (6912, 2560),
     "bitnet-2b down": (2560, 6912),
+    "bitnet-2b lm_head": (128256, 2560),
 }

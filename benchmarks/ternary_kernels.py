@@ -21,6 +21,7 @@ OURS: dict[str, dict[str, Any]] = {
     "1.6 bits, int8": {"bits": 1.6, "activations": "int8"},
     "2 bits, keep": {"bits": 2, "activations": "keep"},
     "2 bits, int8, group 128": {"bits": 2, "activations": "int8", "group_size": 128},
+    "int8 weights": {"format": "int8"},  # what option lm_head makes of the output head
 }
 
 
@@ -36,7 +37,7 @@ def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
         grouped = weight.clone()
         if "group_size" in options:  # another scale per group, or pack() would find there is only one
             grouped.view(n, -1, options["group_size"])[:, ::2] *= 2
-        packed = pack(grouped, "ternary", **options)
+        packed = pack(grouped, **{"format": "ternary", **options})
         lowered = packed.lower()
 
         def ours(packed: Any = packed) -> Call:

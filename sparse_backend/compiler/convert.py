@@ -135,6 +135,7 @@ class Writer:
             "crc32": checkpoint.header_checksum(names, self.modules),
         }
         save_file(self.tensors, path, metadata={"format": "pt", checkpoint.METADATA_KEY: json.dumps(data)})
+        path.chmod(0o644)  # safetensors leaves it to its owner alone
         _sync(path)
         self.shards.append((path, list(self.tensors)))
         self.total_bytes += self.bytes

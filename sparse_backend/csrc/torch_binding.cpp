@@ -54,8 +54,8 @@ void check_bytes(const Tensor& t, int64_t dim, const char* what) {
 int64_t count_nonzero(const Tensor& weight) {
   STD_TORCH_CHECK(weight.is_contiguous() && dtype_of(weight, "weight") != DType::kFp32,
                   "weight must be contiguous, bfloat16 or float16");
-  return sparse_backend::bitmask::count_nonzero(static_cast<const uint16_t*>(weight.const_data_ptr()), weight.numel(),
-                                                torch_pool());
+  return sparse_backend::bitmask::count_nonzero(static_cast<const uint16_t*>(weight.const_data_ptr()),
+                                                weight.numel(), torch_pool());
 }
 
 std::tuple<Tensor, Tensor> bitmask_pack(const Tensor& weight) {

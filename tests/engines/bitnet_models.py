@@ -21,13 +21,14 @@ Tensors = dict[str, torch.Tensor]
 def rewrite(target: Path, change: Callable[[Tensors], Tensors], source: Path = TERNARY, **quantization: Any) -> Path:
     """A copy with other tensors and other keys in its quantization_config; None removes it.
 
-    Biases in the tensors are told to config.json.
+    Biases and a head of its own in the tensors are told to config.json.
     """
     shutil.copytree(source, target)
     save_file(change(load_file(target / "model.safetensors")), target / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((target / "config.json").read_text())
-    if any(name.endswith("q_proj.bias") for name in load_file(target / "model.safetensors")):
-        config["attention_bias"] = True
+    names = load_file(target / "model.safetensors").keys()
+    config["attention_bias"] = any(name.endswith("q_proj.bias") for name in names)
+    config["tie_word_embeddings"] = "lm_head.weight" not in names
     own = {**config.pop("quantization_config", {}), **quantization}
     if None not in quantization.values():
         config["quantization_config"] = own
@@ -78,6 +79,12 @@ def with_biases(tensors: Tensors) -> Tensors:
     return tensors
 
 
+def untied(tensors: Tensors) -> Tensors:
+    """A head that is not the embedding: its rows in half as large steps."""
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 0.5
+    return tensors
+
+
 def unpacked(tensors: Tensors) -> Tensors:
     """Codes as bf16, the scale still apart."""
     for name in packed_modules(tensors):
@@ -90,6 +97,7 @@ FORMS: dict[str, tuple[Callable[[Tensors], Tensors], dict[str, Any]]] = {
     "bitlinear": (as_bitlinear, {"linear_class": "bitlinear"}),
     "online": (as_masters, {"quantization_mode": "online"}),
     "unpacked": (unpacked, {}),
+    "untied head": (untied, {}),
     "autobitlinear with norms": (with_norms, {"use_rms_norm": True, "rms_norm_eps": 1e-5}),
     "autobitlinear with biases": (with_biases, {}),
     "bitlinear with norms": (

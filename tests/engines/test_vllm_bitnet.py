@@ -96,6 +96,7 @@ def variants(tmp_path_factory, forms, python_lm):
         "masters": job(masters, **FLAG),
         "masters dense": job(masters),
         "int8 head": job(TERNARY, **overrides(lm_head="int8")),
+        "int8 untied head": job(forms["untied head"][0], **overrides(lm_head="int8")),
         "keep": job(TERNARY, **overrides(activations="keep")),
         "forced": job(python_lm, **overrides(format="ternary", group_size=64)),
     }
@@ -119,7 +120,8 @@ def test_masters_need_the_flag_and_run_as_the_online_form(variants, forms):
 
 
 def test_an_int8_head_is_said_and_hardly_felt(variants, forms):
-    assert abs(variants["int8 head"]["perplexity"] / forms["autobitlinear"][1]["perplexity"] - 1) < 0.005
+    for name, form in (("int8 head", "autobitlinear"), ("int8 untied head", "untied head")):
+        assert abs(variants[name]["perplexity"] / forms[form][1]["perplexity"] - 1) < 0.005
     lines = summaries(variants["int8 head"]["log"])
     assert any(line.startswith("int8: 1 projections, 2.10 MB -> 1.07 MB") for line in lines)
     assert "the output head was rounded as asked ('lm_head'): not the checkpoint's function any more" in lines

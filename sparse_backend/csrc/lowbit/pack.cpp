@@ -173,12 +173,13 @@ void write_row(const Plan& plan, const uint8_t* codes, int row, uint8_t* panel) 
   for (int64_t i = 0; i < plan.lines5; ++i) {
     const uint8_t* c = codes + i / block_lines * 5 * plan.span + i % block_lines * 4;
     const int span = plan.span;
-    put(four_codes(c) + 3 * four_codes(c + span) + 9 * four_codes(c + 2 * span) + 27 * four_codes(c + 3 * span) +
-        81 * four_codes(c + 4 * span));
+    put(four_codes(c) + 3 * four_codes(c + span) + 9 * four_codes(c + 2 * span) +
+        27 * four_codes(c + 3 * span) + 81 * four_codes(c + 4 * span));
   }
   codes += plan.lines5 * 20;
   for (int64_t i = 0; i < plan.lines2; ++i, codes += 16) {
-    put(four_codes(codes) | four_codes(codes + 4) << 2 | four_codes(codes + 8) << 4 | four_codes(codes + 12) << 6);
+    put(four_codes(codes) | four_codes(codes + 4) << 2 | four_codes(codes + 8) << 4 |
+        four_codes(codes + 12) << 6);
   }
   uint8_t* tail = panel + (plan.lines5 + plan.lines2) * kLine + row * plan.tail_bytes;
   for (int b = 0; b < plan.tail_bytes; ++b, codes += 4) {
