@@ -8,9 +8,9 @@ SGLANG := $(VENVS)/sglang/bin
 .PHONY: help env-vllm env-sglang demo test test-quick test-asan bench lint format clean
 
 help:
-	@echo "make demo        serve a pruned model dense and compiled; ends in a table (6 minutes)"
-	@echo "make test        all tests, with the real vLLM and SGLang (12 minutes)"
-	@echo "make test-quick  the tests that start no engine (2 minutes)"
+	@echo "make demo        serve a pruned model dense and compiled; ends in a table (8 minutes)"
+	@echo "make test        all tests, with the real vLLM and SGLang (18 minutes)"
+	@echo "make test-quick  the tests that start no engine (4 minutes)"
 	@echo "make test-asan   the C++ under AddressSanitizer and UBSan"
 	@echo "make bench       kernel speeds against peers, into benchmarks/results"
 	@echo "make lint        ruff, mypy, clang-format"

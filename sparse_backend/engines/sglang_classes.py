@@ -23,7 +23,7 @@ from sglang.srt.server_args import add_quantization_method_choices
 from ..compiler.bitnet import BitNet
 from ..errors import OptionError
 from ..options import QUANT_METHOD, Options
-from . import common
+from . import common, layers
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.options = options
         self.reason = reason
         self.done = False
-        self.kernel: common.LayerKernel | None = None
+        self.kernel: layers.LayerKernel | None = None
 
     def create_weights(
         self,

@@ -37,7 +37,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from ..compiler.bitnet import BitNet
 from ..errors import CheckpointError
 from ..options import QUANT_METHOD, Options
-from . import common
+from . import common, layers
 
 logger = init_logger("vllm.sparse_backend")
 
@@ -95,7 +95,7 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.options = options
         self.reason = reason
         self.dense = UnquantizedLinearMethod()
-        self.kernel: common.LayerKernel | None = None
+        self.kernel: layers.LayerKernel | None = None
 
     def create_weights(
         self,
@@ -146,7 +146,7 @@ class SparseCompiledHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc
         self.loading = config.loading
         self.prefix = prefix
         self.format = config.options.lm_head
-        self.kernel: common.LayerKernel | None = None
+        self.kernel: layers.LayerKernel | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         if self.kernel is None:
