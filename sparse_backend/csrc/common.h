@@ -40,11 +40,13 @@ inline uint32_t bits_from_float(float value) {
 
 inline float float_from_bf16(uint16_t value) { return float_from_bits(static_cast<uint32_t>(value) << 16); }
 
-// Round to nearest even; NaN stays NaN (its payload could round to infinity).
+// Round to nearest even; NaN stays NaN (its payload could round to infinity). Without a branch, so
+// that loops over it become vectors.
 inline uint16_t bf16_from_float(float value) {
   const uint32_t bits = bits_from_float(value);
-  if ((bits & 0x7FFFFFFFU) > 0x7F800000U) return static_cast<uint16_t>((bits >> 16) | 0x40U);
-  return static_cast<uint16_t>((bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16);
+  const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40U;
+  return static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? nan : rounded);
 }
 
 inline float float_from_fp16(uint16_t value) {

@@ -175,19 +175,11 @@ inline void sum_limbs(const FinishArgs& a, int token, int64_t segment, int32_t o
   for (int i = 0; i < kUnitRows; ++i) out[i] = static_cast<float>(total[i]);
 }
 
-// Without a branch, for vectors; NaN keeps its upper bits and stays one.
-inline uint16_t fast_bf16(float value) {
-  const uint32_t bits = bits_from_float(value);
-  const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40U;
-  return static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? nan : rounded);
-}
-
 inline void write_floats(const FinishArgs& a, int token, const float value[kUnitRows]) {
   const int64_t at = token * a.out_features + a.first_row;
   if (a.type == DType::kBf16) {
     uint16_t rounded[kUnitRows];
-    for (int i = 0; i < kUnitRows; ++i) rounded[i] = fast_bf16(value[i]);
+    for (int i = 0; i < kUnitRows; ++i) rounded[i] = bf16_from_float(value[i]);
     std::memcpy(static_cast<uint16_t*>(a.y) + at, rounded, a.count * sizeof(uint16_t));
   } else if (a.type == DType::kFp16) {
     uint16_t* y = static_cast<uint16_t*>(a.y) + at;
