@@ -117,9 +117,7 @@ class _Job:
         self.options = options
         if (
             not any(
-                n.endswith(".weight")
-                and convert.why_not_projection(n.removesuffix(".weight")) is None
-                and len(shape) == 2
+                n.endswith(".weight") and convert.is_projection(n.removesuffix(".weight")) and len(shape) == 2
                 for n, (_, shape) in info.tensors.items()
             )
             and not info.modules

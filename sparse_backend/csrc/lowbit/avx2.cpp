@@ -73,7 +73,7 @@ struct Avx2 : Ymm {
 }  // namespace
 
 const Kernels& avx2_kernels() {
-  static constexpr Kernels kernels = make_kernels<Avx2>("avx2", Avx2::kGemvRows);
+  static constexpr Kernels kernels = make_kernels<Avx2>("avx2");
   return kernels;
 }
 

@@ -5,7 +5,7 @@
 namespace sparse_backend::lowbit {
 
 const Kernels& avx512_vnni_kernels() {
-  static constexpr Kernels kernels = make_kernels<Zmm>("avx512_vnni", Zmm::kGemvRows);
+  static constexpr Kernels kernels = make_kernels<Zmm>("avx512_vnni");
   return kernels;
 }
 

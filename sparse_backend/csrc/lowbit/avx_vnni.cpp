@@ -58,7 +58,7 @@ struct AvxVnni : Ymm {
 }  // namespace
 
 const Kernels& avx_vnni_kernels() {
-  static constexpr Kernels kernels = make_kernels<AvxVnni>("avx_vnni", AvxVnni::kGemvRows);
+  static constexpr Kernels kernels = make_kernels<AvxVnni>("avx_vnni");
   return kernels;
 }
 

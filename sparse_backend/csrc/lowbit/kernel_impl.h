@@ -169,9 +169,9 @@ void gemv_or_gemm(const UnitArgs& a) {
 }
 
 template <class Simd>
-constexpr Kernels make_kernels(const char* name, int gemv_rows) {
+constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
-                 gemv_rows,
+                 Simd::kGemvRows,
                  prepare,
                  gemv_or_gemm<Simd, block<Simd, false>, block<Simd, true>>,
                  gemm<Simd, block<Simd, false>, block<Simd, true>>,
