@@ -11,7 +11,7 @@ from .kernels import registry
 from .options import Options
 from .packed import MachineWeight, PackedWeight
 
-VALUE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+VALUE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "bf16x12": torch.bfloat16}
 
 
 def pack(
@@ -24,17 +24,19 @@ def pack(
 ) -> PackedWeight:
     """Pack a dense weight.
 
-    `bitmask` is lossless. `ternary` is lossless for weights that are ternary times a scale (per
-    weight, row, or group of columns) and rounds any other by the absmean rule; `int8` rounds.
+    `bitmask` and `sell` are lossless unless `values` says int8 or int4. `ternary` is lossless for
+    weights that are ternary times a scale (per weight, row, or group of columns) and rounds any
+    other by the absmean rule; `int8` rounds.
 
     Args:
         weight: [N, K], bfloat16, float16 or float32, any strides, on the CPU.
         format: name of the format.
-        values: dtype of the stored values, `bf16` or `fp16`; None keeps the weight's own.
-            Converting rounds; bitmask therefore needs it said for float32 weights.
+        values: of bitmask and sell: `bf16` or `fp16`, to which other weights are rounded; `bf16x12`, bf16
+            in 12 bits; `int8` or `int4`, under a scale per row or group. None keeps the weight's own dtype;
+            float32 weights need it said.
         bits: of ternary codes, 2 or 1.6.
-        group_size: columns per scale where `ternary` rounds; None for one scale.
-        activations: of ternary layers: `keep` or `int8` (per token, as BitNet models are trained).
+        group_size: columns per scale where `ternary` or `values` round; None for one scale (int4: 128).
+        activations: of ternary and integer weights: `keep` or `int8` (per token, as BitNet models are trained).
 
     Returns:
         The canonical form.
@@ -46,8 +48,7 @@ def pack(
     options = Options(format=format, values=values, bits=bits, group_size=group_size, activations=activations)
     if weight.dim() != 2:
         raise WeightError(f"a weight has two dimensions [N, K], got shape {tuple(weight.shape)}")
-    if values is not None:
-        weight = convert_values(weight, values)
+    weight = convert_values(weight, values)
     form = get_format(format)
     if weight.dtype == torch.float32 and torch.float32 not in form.dtypes:
         raise WeightError("a float32 weight would be rounded: say values='bf16' or values='fp16'")
@@ -57,8 +58,15 @@ def pack(
     return form.pack(weight, options)
 
 
-def convert_values(weight: torch.Tensor, values: str) -> torch.Tensor:
-    """The weight in the dtype called `values`; WeightError if a magnitude overflows there."""
+def convert_values(weight: torch.Tensor, values: str | None) -> torch.Tensor:
+    """The weight in the dtype called `values`; WeightError if a magnitude overflows there.
+
+    None, int8 and int4 leave it: what rounds to integers does so as it packs, from bf16 or fp16.
+    """
+    if values in ("int8", "int4"):
+        return weight.to(torch.bfloat16) if weight.dtype == torch.float32 else weight
+    if values is None:
+        return weight
     converted = weight.to(VALUE_DTYPES[values])
     if torch.isinf(converted).any() and not torch.isinf(weight).any():
         raise WeightError(f"values {values} cannot hold this weight: some magnitudes overflow to Inf")
@@ -108,15 +116,14 @@ class SparseLinear(torch.nn.Module):
             WeightError: as `pack`.
         """
         weight = module.weight.detach()
-        if values is not None:
-            Options(values=values)
-            weight = convert_values(weight, values)
+        options = Options(values=values)
+        weight = convert_values(weight, values)
         if format == "auto":
-            decision = plan.choose(weight, Options())
+            decision = plan.choose(weight, options)
             if decision.format == "dense":
                 raise OptionError(f"format auto keeps this weight dense ({decision.reason}); name a format to force it")
             format = decision.format
-        return cls(pack(weight, format).lower(), module.bias)
+        return cls(pack(weight, format, None if format == "int8" else values).lower(), module.bias)
 
     def machine_weight(self) -> MachineWeight:
         """The machine form this layer runs on."""

@@ -82,20 +82,27 @@ def compile_command(
     method: Annotated[str, typer.Option(help="How pruning ranks weights: magnitude.")] = "magnitude",
     format: Annotated[
         str,
-        typer.Option(help="auto (smallest lossless), bitmask, ternary or int8 (both round, unless exact), or dense."),
+        typer.Option(
+            help="auto (the fastest lossless), bitmask, sell, ternary or int8 (both round, unless exact), or dense."
+        ),
     ] = "auto",
     values: Annotated[
-        str | None, typer.Option(help="Stored values: bf16 or fp16. Default: the checkpoint's own dtype.")
+        str | None,
+        typer.Option(
+            help="Values of sparse formats: bf16, fp16, bf16x12 (bf16 in 12 bits), int8 or int4 (both round). "
+            "Default: the checkpoint's own dtype."
+        ),
     ] = None,
     bits: Annotated[
         float | None, typer.Option(help="Storage of ternary weights: 2 or 1.6. Default: the faster one.")
     ] = None,
     group_size: Annotated[
-        int | None, typer.Option(help="Columns per scale where --format ternary rounds: 32, 64, 128, 256.")
+        int | None,
+        typer.Option(help="Columns per scale where --format ternary or --values round: 32 (ternary), 64, 128, 256."),
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option(help="Of ternary layers: keep, or int8 per token. Default: as the checkpoint was trained."),
+        typer.Option(help="Of ternary, int8 and int4 weights: keep, or int8 per token. Default: as trained."),
     ] = None,
     lm_head: Annotated[
         str, typer.Option(help="keep, or int8: the engine rounds the output head as it loads.")

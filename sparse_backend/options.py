@@ -16,8 +16,8 @@ QUANT_METHOD = "sparse-compiled"
 # What each option may be today. The design names more (nm, sell, wanda, ...): a value
 # joins its row here in the change that builds it.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "format": ("auto", "dense", "bitmask", "ternary", "int8"),
-    "values": (None, "bf16", "fp16"),
+    "format": ("auto", "dense", "bitmask", "sell", "ternary", "int8"),
+    "values": (None, "bf16", "fp16", "bf16x12", "int8", "int4"),
     "bits": (None, 2, 1.6),
     "method": ("magnitude",),
     "pattern": ("unstructured",),
@@ -63,14 +63,17 @@ class Options:
 
     Attributes:
         format: `auto` packs what gets smaller without loss; a name packs everything that way.
-        values: dtype of stored values; None keeps the weight's own.
+        values: of sparse formats: None keeps the weight's own dtype; `bf16` and `fp16` convert; `bf16x12` stores
+            bf16 in 12 bits, losslessly; `int8` and `int4` round to a scale per row or group, blind to the zeros.
         bits: storage bits of ternary weights, 2 or 1.6; None lets the plan choose.
         sparsity: share of weights to prune per output row, 0 <= s < 1; None prunes nothing.
         method: how pruning ranks weights.
         pattern: which zero patterns pruning makes.
-        group_size: columns per scale when `format` ternary rounds a weight; None for one per weight.
-        activations: of ternary layers. `int8` makes them int8 per token, `keep` computes with 22 bits below
-            the token's largest; None does what the checkpoint was trained with (int8 for BitNet, else keep).
+        group_size: columns per scale when `format` ternary rounds a weight (None: one per weight), or of values
+            int8 (None: one per row) and int4 (None: 128).
+        activations: of layers with ternary, int8 or int4 weights. `int8` makes them int8 per token, `keep` computes
+            with 22 bits (int8 and int4 values: 16) below the token's largest; None does what the checkpoint was
+            trained with (int8 for BitNet, else keep).
         batch: tokens per step to plan for (the planner knows only 1).
         lm_head: `keep` leaves the output head as it is; `int8` rounds it (int8 weights, a scale per row).
         ignore: HF module names left dense; fnmatch patterns or `re:...`.
@@ -110,8 +113,15 @@ class Options:
                 )
         if self.bits is not None and self.format not in ("auto", "ternary"):
             raise OptionError("options 'bits' and 'format' contradict: 'bits' is for format ternary or auto")
-        if self.group_size is not None and self.format != "ternary":
-            raise OptionError("options 'group_size' and 'format' contradict: 'group_size' is for format ternary")
+        if self.group_size is not None and self.format != "ternary" and self.values not in ("int8", "int4"):
+            raise OptionError(
+                "options 'group_size' and 'format' contradict: 'group_size' is for format ternary and for "
+                "values int8 and int4"
+            )
+        if self.values in ("bf16x12", "int8", "int4") and self.format not in ("auto", "dense", "bitmask", "sell"):
+            raise OptionError(
+                f"options 'values' and 'format' contradict: values {self.values} are for formats auto, bitmask and sell"
+            )
         for key in ("ignore", "rules"):
             value = getattr(self, key)
             if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
@@ -140,7 +150,11 @@ class Options:
         if overrides.get("format") == "dense":
             overrides = {"sparsity": None, **overrides}  # a module left dense is not pruned
         if overrides.get("format", "ternary") != "ternary":
-            overrides = {"bits": None, "group_size": None, **overrides}  # of the ternary modules around it
+            overrides = {"bits": None, **overrides}  # of the ternary modules around it
+            if (overrides.get("values", self.values)) not in ("int8", "int4"):
+                overrides = {"group_size": None, **overrides}
+        if overrides.get("format") in ("ternary", "int8"):
+            overrides = {"values": None, **overrides}  # of the sparse modules around it
         return dataclasses.replace(self, **{**overrides, "rules": (), "ignore": ()})
 
     @classmethod

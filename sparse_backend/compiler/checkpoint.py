@@ -198,7 +198,7 @@ def _read_shard(path: Path) -> tuple[dict[str, tuple[str, tuple[int, ...]]], dic
     for name, e in entries.items():
         shape = (e["shape"][0], e["shape"][1])
         entry = ModuleEntry(e["format"], shape, e["dtype"], e["crc32"], path, e.get("attributes", {}))
-        for tensor in get_format(entry.format).tensors:
+        for tensor in get_format(entry.format).specs(entry.attributes):
             if f"{name}.{entry.format}.{tensor.name}" not in tensors:
                 raise CheckpointError(f"{path}: module {name} lacks its tensor '{tensor.name}'; {RECOMPILE}")
         modules[name] = entry
@@ -243,7 +243,7 @@ def expand(
             continue
         parts = waiting.setdefault(module, {})
         parts[rest] = tensor
-        if len(parts) == len(get_format(entry.format).tensors):
+        if len(parts) == len(get_format(entry.format).specs(entry.attributes)):
             del waiting[module]
             packed = assemble(module, entry, parts)
             try:

@@ -59,7 +59,7 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
 
 
 def change_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[torch.Tensor, str | None]:
-    """The weight of one HF module as its options ask for, and `pruned`, `rounded` or None.
+    """The weight of one HF module as its options ask for, and what that was: `pruned`, `rounded` or None.
 
     What depends on the whole weight happens here, before an engine shards it.
 
@@ -73,6 +73,8 @@ def change_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[
         if options.format == "ternary":
             ternary = get_format("ternary").round(weight, options)
             weight, what = ternary, what if ternary is weight else "rounded"
+        elif options.values in ("int8", "int4") and options.format != "dense":
+            what = f"{what} and rounded" if what else "rounded"  # as it packs
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None
     return weight, what
@@ -85,8 +87,7 @@ def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[Pa
         WeightError: naming the module.
     """
     try:
-        if options.values is not None:
-            weight = convert_values(weight, options.values)
+        weight = convert_values(weight, options.values)
         decision = plan.choose(weight, options)
         return None if decision.pack is None else decision.pack(), decision.reason
     except WeightError as error:

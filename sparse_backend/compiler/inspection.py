@@ -85,7 +85,7 @@ def inspect(folder: str | Path, verify: bool = False) -> Inspection:
     for name, entry in sorted(info.modules.items()):
         packed_bytes = 0
         shapes = {}
-        for spec in get_format(entry.format).tensors:
+        for spec in get_format(entry.format).specs(entry.attributes):
             _, shape = info.tensors[f"{name}.{entry.format}.{spec.name}"]
             size = spec.dtype.itemsize if spec.dtype else _ITEMSIZE.get(entry.dtype, 2)
             packed_bytes += math.prod(shape) * size
@@ -107,7 +107,11 @@ def _verify(info: checkpoint.Checkpoint) -> None:
     for path in info.files:
         with checkpoint.open_shard(path) as shard:
             here = {m: e for m, e in info.modules.items() if e.file == path}
-            names = [f"{m}.{e.format}.{spec.name}" for m, e in here.items() for spec in get_format(e.format).tensors]
+            names = [
+                f"{m}.{e.format}.{spec.name}"
+                for m, e in here.items()
+                for spec in get_format(e.format).specs(e.attributes)
+            ]
             stream = ((name, shard.get_tensor(name)) for name in names)
             try:
                 for _ in checkpoint.expand(stream, here):

@@ -53,9 +53,10 @@ CpuFeatures detect() {
   f.avx_vnni = f.avx2 && bit(leaf7_1.eax, 4);
   const bool avx512_base =
       bit(leaf7.ebx, 16) && bit(leaf7.ebx, 17) && bit(leaf7.ebx, 30) && bit(leaf7.ebx, 31);  // F, DQ, BW, VL
-  f.avx512 = f.avx2 && os_zmm && avx512_base && bit(leaf7.ecx, 6);
+  const bool byte_shuffles = bit(leaf7.ecx, 1) && bit(leaf7.ecx, 6);                         // VBMI, VBMI2
+  f.avx512 = f.avx2 && os_zmm && avx512_base && byte_shuffles && bit(leaf7.ecx, 11);
+  f.avx512_vnni = f.avx512;
   f.avx512_bf16 = f.avx512 && bit(leaf7_1.eax, 5);
-  f.avx512_vnni = f.avx512 && bit(leaf7.ecx, 11) && bit(leaf7.ecx, 1);  // and VBMI
   const bool amx_tile = os_tile && bit(leaf7.edx, 24);
   f.amx_bf16 = amx_tile && bit(leaf7.edx, 22);
   f.amx_int8 = amx_tile && bit(leaf7.edx, 25);

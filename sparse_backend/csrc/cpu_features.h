@@ -11,9 +11,9 @@ enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
 
 struct CpuFeatures {
   bool avx2 = false;    // AVX2 with FMA, F16C and POPCNT
-  bool avx512 = false;  // AVX-512 F, BW, DQ, VL and VBMI2 (vpexpandw)
+  bool avx512 = false;  // AVX-512 F, BW, DQ, VL, VNNI, VBMI and VBMI2: Ice Lake, Zen 4 and later
   bool avx512_bf16 = false;
-  bool avx512_vnni = false;  // with VBMI, as every processor has that has both VNNI and VBMI2
+  bool avx512_vnni = false;  // always with `avx512`: no processor has VBMI2 without it
   bool avx_vnni = false;
   bool amx_bf16 = false;
   bool amx_int8 = false;

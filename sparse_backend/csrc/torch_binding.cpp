@@ -16,6 +16,8 @@
 #include "huge_pages.h"
 #include "lowbit/linear.h"
 #include "lowbit/pack.h"
+#include "sell/linear.h"
+#include "sell/pack.h"
 
 namespace {
 
@@ -80,13 +82,17 @@ std::tuple<Tensor, Tensor> bitmask_pack(const Tensor& weight) {
 }
 
 // Checks that mask and values are one canonical form; returns where each row's values start.
-sparse_backend::bitmask::Canonical canonical(const Tensor& mask, const Tensor& values, int64_t in_features,
-                                             std::vector<int64_t>& start) {
-  using namespace sparse_backend::bitmask;
+sparse_backend::unstructured::Canonical canonical(const Tensor& mask, const Tensor& values,
+                                                  int64_t in_features, std::vector<int64_t>& start) {
+  using namespace sparse_backend::unstructured;
   check_bytes(mask, 2, "mask");
-  const DType type = dtype_of(values, "values");
-  STD_TORCH_CHECK(type != DType::kFp32 && values.dim() == 1 && values.is_contiguous(),
-                  "values must be a contiguous bfloat16 or float16 tensor of 1 dimension");
+  STD_TORCH_CHECK(values.dim() == 1 && values.is_contiguous(), "values must be contiguous, of 1 dimension");
+  Values kind = Values::kInt8;
+  if (values.scalar_type() != ScalarType::Char) {
+    const DType type = dtype_of(values, "values");
+    STD_TORCH_CHECK(type != DType::kFp32, "values must be bfloat16, float16 or int8");
+    kind = type == DType::kBf16 ? Values::kBf16 : Values::kFp16;
+  }
   STD_TORCH_CHECK(in_features >= 0 && mask.size(1) == mask_stride(in_features), "mask has ", mask.size(1),
                   " bytes per row, in_features = ", in_features, " needs ", mask_stride(in_features));
   const int64_t n = mask.size(0);
@@ -96,29 +102,64 @@ sparse_backend::bitmask::Canonical canonical(const Tensor& mask, const Tensor& v
   STD_TORCH_CHECK(clean, "mask has bits set past column ", in_features);
   STD_TORCH_CHECK(start[n] == values.numel(), "mask has ", start[n], " bits set, but there are ",
                   values.numel(), " values");
-  return {n, in_features, type, mask_data, static_cast<const uint16_t*>(values.const_data_ptr()), start[n]};
+  return {n, in_features, kind, mask_data, values.const_data_ptr(), start[n]};
 }
 
 Tensor bitmask_unpack(const Tensor& mask, const Tensor& values, int64_t in_features) {
   std::vector<int64_t> start;
   const auto weight = canonical(mask, values, in_features, start);
+  STD_TORCH_CHECK(!sparse_backend::unstructured::is_integer(weight.values),
+                  "values must be bfloat16 or float16");
   Tensor dense = torch::stable::new_empty(values, {weight.out_features, in_features});
   sparse_backend::bitmask::unpack(weight, start.data(), static_cast<uint16_t*>(dense.mutable_data_ptr()),
                                   torch_pool());
   return dense;
 }
 
-Tensor bitmask_lower(const Tensor& mask, const Tensor& values, int64_t in_features) {
-  using namespace sparse_backend::bitmask;
+// Machine form of an unstructured format. `bits` per value: 16, 12 (bf16 with coded exponents where
+// they allow it), 8 or 4; the last two with int8 values and `scales` [N, groups].
+template <uint64_t kMagic, int kRowsPerPart, sparse_backend::unstructured::WritePart kWritePart,
+          int kSmallestGroup>
+Tensor unstructured_lower(const Tensor& mask, const Tensor& values, const std::optional<Tensor>& scales,
+                          int64_t in_features, int64_t bits, int64_t group_size, int64_t activation_bits) {
+  using namespace sparse_backend::unstructured;
   std::vector<int64_t> start;
-  const auto weight = canonical(mask, values, in_features, start);
-  const int64_t bytes = machine_bytes(weight.out_features, in_features, weight.nnz);
-  Tensor packed = torch::stable::new_empty(mask, {bytes});
+  Canonical weight = canonical(mask, values, in_features, start);
+  const bool integer = is_integer(weight.values);
+  STD_TORCH_CHECK(integer ? bits == 8 || bits == 4 : bits == 16 || bits == 12, "values of ",
+                  integer ? "int8 take 8 or 4" : "bfloat16 and float16 take 16 or 12", " bits, not ", bits);
+  STD_TORCH_CHECK(integer ? activation_bits == 8 || activation_bits == 16 : activation_bits == 0,
+                  "activation_bits must be 8 or 16 for integer values, 0 for others");
+  STD_TORCH_CHECK(group_size == 0 || (integer && group_size >= kSmallestGroup && group_size <= 256 &&
+                                      (group_size & (group_size - 1)) == 0),
+                  "group_size must be 0, or ", kSmallestGroup, " to 256 for integer values, got ",
+                  group_size);
+  const float* scale_data = nullptr;
+  if (integer) {
+    if (bits == 4) weight.values = Values::kInt4;
+    const int64_t groups = group_size > 0 ? (in_features + group_size - 1) / group_size : 1;
+    STD_TORCH_CHECK(
+        scales.has_value() && scales->scalar_type() == ScalarType::Float && scales->dim() == 2 &&
+            scales->is_contiguous() && scales->size(0) == weight.out_features && scales->size(1) == groups,
+        "integer values need contiguous float32 scales [", weight.out_features, ", ", groups, "]");
+    scale_data = static_cast<const float*>(scales->const_data_ptr());
+  }
+  const Settings settings{bits == 12, static_cast<int32_t>(group_size),
+                          static_cast<int32_t>(activation_bits)};
+  const auto pool = torch_pool();
+  const Built built = build(weight, start.data(), settings, kMagic, kRowsPerPart, kWritePart, pool);
+  Tensor packed = torch::stable::new_empty(mask, {built.header.total_bytes});
   auto* buffer = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  sparse_backend::advise_huge_pages(buffer, bytes);
-  lower(weight, start.data(), buffer, torch_pool());
+  sparse_backend::advise_huge_pages(buffer, built.header.total_bytes);
+  write(built, scale_data, buffer, pool);
   return packed;
 }
+
+constexpr auto bitmask_lower =
+    unstructured_lower<sparse_backend::bitmask::kMagic, sparse_backend::bitmask::kPanelRows,
+                       sparse_backend::bitmask::write_panel, 64>;
+constexpr auto sell_lower = unstructured_lower<sparse_backend::sell::kMagic, sparse_backend::sell::kStripRows,
+                                               sparse_backend::sell::write_strip, 128>;
 
 // What every linear op checks and allocates alike. `x` and `bias` are kept contiguous here.
 struct LinearTensors {
@@ -152,20 +193,29 @@ LinearTensors linear_tensors(const Tensor& x, const std::optional<Tensor>& bias,
   return out;
 }
 
-Tensor bitmask_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
-                      int64_t out_features) {
-  using namespace sparse_backend::bitmask;
+template <uint64_t kMagic, int kRowsPerPart, auto kLinear>
+Tensor unstructured_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
+                           int64_t out_features) {
+  using namespace sparse_backend::unstructured;
   check_bytes(packed, 1, "packed weight");
   View weight;
-  const char* problem = parse(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(), &weight);
+  const char* problem = parse(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.numel(), kMagic,
+                              kRowsPerPart, &weight);
   STD_TORCH_CHECK(problem == nullptr, problem);
   LinearTensors t =
       linear_tensors(x, bias, weight.header.out_features, weight.header.in_features, out_features);
   if (t.y.numel() == 0) return t.y;
   LinearArgs args{t.x.const_data_ptr(), t.x_type, t.tokens, t.bias_data, t.bias_type, t.y.mutable_data_ptr()};
-  linear(weight, args, torch_pool());
+  kLinear(weight, args, torch_pool());
   return t.y;
 }
+
+constexpr auto bitmask_linear =
+    unstructured_linear<sparse_backend::bitmask::kMagic, sparse_backend::bitmask::kPanelRows,
+                        sparse_backend::bitmask::linear>;
+constexpr auto sell_linear =
+    unstructured_linear<sparse_backend::sell::kMagic, sparse_backend::sell::kStripRows,
+                        sparse_backend::sell::linear>;
 
 void check_int8(const Tensor& t, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Char && t.dim() == 2 && t.is_contiguous(), what,
@@ -291,8 +341,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_backend, m) {
   m.def("count_nonzero(Tensor weight) -> int");
   m.def("bitmask_pack(Tensor weight) -> (Tensor mask, Tensor values)");
   m.def("bitmask_unpack(Tensor mask, Tensor values, int in_features) -> Tensor");
-  m.def("bitmask_lower(Tensor mask, Tensor values, int in_features) -> Tensor");
+  m.def(
+      "bitmask_lower(Tensor mask, Tensor values, Tensor? scales, int in_features, int bits, int group_size, "
+      "int activation_bits) -> Tensor");
   m.def("bitmask_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
+  m.def(
+      "sell_lower(Tensor mask, Tensor values, Tensor? scales, int in_features, int bits, int group_size, "
+      "int activation_bits) -> Tensor");
+  m.def("sell_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("ternary_scan(Tensor weight, int group_size) -> (bool ternary, Tensor codes, Tensor scales)");
   m.def("ternary_encode(Tensor codes, int per_byte) -> Tensor");
   m.def("ternary_decode(Tensor packed, int per_byte, int in_features) -> Tensor");
@@ -306,8 +362,10 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_backend, CPU, m) {
   m.impl("count_nonzero", TORCH_BOX(&count_nonzero));
   m.impl("bitmask_pack", TORCH_BOX(&bitmask_pack));
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack));
-  m.impl("bitmask_lower", TORCH_BOX(&bitmask_lower));
-  m.impl("bitmask_linear", TORCH_BOX(&bitmask_linear));
+  m.impl("bitmask_lower", TORCH_BOX(bitmask_lower));
+  m.impl("bitmask_linear", TORCH_BOX(bitmask_linear));
+  m.impl("sell_lower", TORCH_BOX(sell_lower));
+  m.impl("sell_linear", TORCH_BOX(sell_linear));
   m.impl("ternary_scan", TORCH_BOX(&ternary_scan));
   m.impl("ternary_encode", TORCH_BOX(&ternary_encode));
   m.impl("ternary_decode", TORCH_BOX(&ternary_decode));
@@ -339,8 +397,13 @@ __attribute__((visibility("default"))) int sparse_backend_cpu_features() {
   return bits;
 }
 
-__attribute__((visibility("default"))) const char* sparse_backend_bitmask_kernel(int value_type, int x_type) {
-  return sparse_backend::bitmask::kernel_name(static_cast<DType>(value_type), static_cast<DType>(x_type));
+__attribute__((visibility("default"))) const char* sparse_backend_bitmask_kernel(int values, int x_type) {
+  return sparse_backend::bitmask::kernel_name(static_cast<sparse_backend::unstructured::Values>(values),
+                                              static_cast<DType>(x_type));
+}
+
+__attribute__((visibility("default"))) const char* sparse_backend_sell_kernel(int values) {
+  return sparse_backend::sell::kernel_name(static_cast<sparse_backend::unstructured::Values>(values));
 }
 
 __attribute__((visibility("default"))) const char* sparse_backend_lowbit_kernel() {

@@ -162,7 +162,8 @@ class ConfigAnswers:
 
 _CHANGES = {
     "pruned": "{count} projections pruned as asked ('sparsity')",
-    "rounded": "{count} projections rounded as asked ('format')",
+    "rounded": "{count} projections rounded as asked ('format', 'values')",
+    "pruned and rounded": "{count} projections pruned and rounded as asked ('sparsity', 'values')",
     "head": "the output head was rounded as asked ('lm_head')",
 }
 
@@ -282,7 +283,9 @@ class Loading:
         self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
         if packed.format == "int8" and options.format == "int8" and parts:
             self.report.note("rounded")
-        return LayerKernel(layer, machine, int8_activations=packed.attributes.get("activations") == "int8")
+        # Only ternary models are trained for activations that all ranks round alike.
+        trained_int8 = packed.format == "ternary" and packed.attributes["activations"] == "int8"
+        return LayerKernel(layer, machine, int8_activations=trained_int8)
 
     def _exact(self, packed: PackedWeight, parts: Sequence[tuple[str, int]]) -> PackedWeight:
         """The packed weight under its checkpoint's own scales, where the engine's dtype rounded them."""

@@ -6,9 +6,10 @@ from ..errors import OptionError
 from .base import Candidate, Format, TensorSpec, naive_linear
 from .bitmask import Bitmask
 from .int8 import Int8
+from .sell import Sell
 from .ternary import Ternary
 
-FORMATS: dict[str, Format] = {f.name: f for f in (Bitmask(), Ternary(), Int8())}
+FORMATS: dict[str, Format] = {f.name: f for f in (Bitmask(), Sell(), Ternary(), Int8())}
 
 __all__ = ["FORMATS", "Candidate", "Format", "TensorSpec", "get_format", "naive_linear"]
 

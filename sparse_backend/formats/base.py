@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -49,6 +49,10 @@ class Format(abc.ABC):
     tensors: ClassVar[tuple[TensorSpec, ...]]
     dtypes: ClassVar[tuple[torch.dtype, ...]]
 
+    def specs(self, attributes: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+        """The tensors of a weight with these attributes; `tensors` unless they matter."""
+        return self.tensors
+
     @abc.abstractmethod
     def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
         """How this format would hold exactly this weight (of one of `dtypes`), or None if it cannot."""
@@ -79,10 +83,11 @@ class Format(abc.ABC):
 
     def validate(self, packed: PackedWeight) -> None:
         """WeightError unless the tensors are those of this format, with its dtypes."""
-        expected = [spec.name for spec in self.tensors]
+        specs = self.specs(packed.attributes)
+        expected = [spec.name for spec in specs]
         if sorted(packed.tensors) != sorted(expected):
             raise WeightError(f"{self.name}: needs tensors {expected}, got {sorted(packed.tensors)}")
-        for spec in self.tensors:
+        for spec in specs:
             tensor = packed.tensors[spec.name]
             dtype = spec.dtype or packed.dtype
             if tensor.dtype != dtype or tensor.dim() != spec.dims:

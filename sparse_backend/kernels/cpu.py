@@ -40,6 +40,7 @@ def library() -> ctypes.CDLL:
             f"{path.name} does not load beside torch {torch.__version__} (2.10 or later is needed): {error}"
         ) from None
     lib.sparse_backend_bitmask_kernel.restype = ctypes.c_char_p
+    lib.sparse_backend_sell_kernel.restype = ctypes.c_char_p
     lib.sparse_backend_lowbit_kernel.restype = ctypes.c_char_p
     forced = envs.isa()
     if forced is not None:  # first: a failed call must leave nothing that a second one trips over
@@ -98,6 +99,12 @@ def bitmask_kernel(values: torch.dtype) -> str:
     return name.decode()
 
 
+def sell_kernel(values: torch.dtype) -> str:
+    """The sell kernel that runs for values of this dtype at the active level."""
+    name: bytes = library().sparse_backend_sell_kernel(_DTYPE_CODES[values])
+    return name.decode()
+
+
 def lowbit_kernel(values: torch.dtype) -> str:
     """The kernel that runs ternary and int8 weights at the active level, whatever the dtypes."""
     name: bytes = library().sparse_backend_lowbit_kernel()
@@ -137,13 +144,18 @@ def _register_fakes() -> None:
     def _unpack(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
         return values.new_empty((mask.shape[0], in_features))
 
+    @torch.library.register_fake("sparse_backend::sell_lower")  # type: ignore[untyped-decorator]
     @torch.library.register_fake("sparse_backend::bitmask_lower")  # type: ignore[untyped-decorator]
-    def _lower(mask: torch.Tensor, values: torch.Tensor, in_features: int) -> torch.Tensor:
-        # The same sum as machine_bytes() in csrc/bitmask/pack.cpp; opcheck compares them.
-        panels = (mask.shape[0] + 3) // 4
-        offsets = ((panels + 1) * 8 + 63) // 64 * 64
-        stream = panels * ((in_features + 63) // 64) * 32 + 2 * values.shape[0]
-        return mask.new_empty((64 + offsets + stream + 64,))
+    def _lower(
+        mask: torch.Tensor,
+        values: torch.Tensor,
+        scales: torch.Tensor | None,
+        in_features: int,
+        bits: int,
+        group_size: int,
+        activation_bits: int,
+    ) -> torch.Tensor:
+        return mask.new_empty((torch.library.get_ctx().new_dynamic_size(),))  # padding and escapes depend on data
 
     @torch.library.register_fake("sparse_backend::ternary_scan")  # type: ignore[untyped-decorator]
     def _scan(weight: torch.Tensor, group_size: int) -> tuple[bool, torch.Tensor, torch.Tensor]:
@@ -179,6 +191,7 @@ def _register_fakes() -> None:
     ) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], out_features))
 
+    @torch.library.register_fake("sparse_backend::sell_linear")  # type: ignore[untyped-decorator]
     @torch.library.register_fake("sparse_backend::bitmask_linear")  # type: ignore[untyped-decorator]
     def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], out_features))

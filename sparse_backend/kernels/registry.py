@@ -57,6 +57,7 @@ _FLOATS = (*_HALVES, torch.float32)
 
 KERNELS = (
     Kernel("bitmask", "cpu", "bitmask_linear", _HALVES, cpu.ISA_LEVELS, cpu.bitmask_kernel),
+    Kernel("sell", "cpu", "sell_linear", _HALVES, cpu.ISA_LEVELS, cpu.sell_kernel),
     Kernel("ternary", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
     Kernel("int8", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
 )
@@ -89,5 +90,6 @@ def select(format: str, device: str, values: torch.dtype, isa: str | None = None
         raise OptionError(f"no {format} kernel for values of {values}; there are: {', '.join(map(str, row.values))}")
     if isa is not None and isa not in cpu.available_levels():
         raise IsaError(f"this machine has no level '{isa}'; it has {', '.join(cpu.available_levels())}")
+    row.function()  # loaded now: torch.compile cannot trace loading a library
     name = row.implementation(values)
     return row, f"{row.op} ({name}): best level of this machine" if isa is None else f"{row.op} at {isa}: asked for"

@@ -65,7 +65,7 @@ def test_lossless_by_default(model, tmp_path):
     for name, tensor in original.items():
         assert torch.equal(compiled[name], tensor), name
     assert sorted(checkpoint.read(out).modules) == ["model.layers.0.mlp.down_proj", "model.layers.0.self_attn.q_proj"]
-    assert report.by_format()["bitmask"][0] == 2
+    assert {name: row[0] for name, row in report.by_format().items() if name != "dense"} == {"bitmask": 1, "sell": 1}
     assert set(report.dense_reasons()) == {
         "embedding, head or router",
         "too few zeros for a sparse format to be smaller (prune with --sparsity)",
@@ -79,8 +79,8 @@ def test_lossless_by_default(model, tmp_path):
         names = list(f.keys())
     assert data["version"] == 1
     entry = data["modules"]["model.layers.0.mlp.down_proj"]
-    assert (entry["format"], entry["shape"], entry["dtype"]) == ("bitmask", [32, 64], "float16")
-    assert "model.layers.0.mlp.down_proj.bitmask.values" in names
+    assert (entry["format"], entry["shape"], entry["dtype"]) == ("sell", [32, 64], "float16")
+    assert "model.layers.0.mlp.down_proj.sell.values" in names
 
 
 def test_pruning_per_row_rules_and_ignore(model, tmp_path):

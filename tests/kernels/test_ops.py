@@ -27,7 +27,12 @@ def test_opcheck():
     torch.library.opcheck(
         ops.bitmask_linear.default, (x[0, :, 1:].contiguous().float()[:0].new_ones(0, 77), machine, None, 21)
     )
-    torch.library.opcheck(ops.bitmask_lower.default, (mask, values, 77))
+    for lower in (ops.bitmask_lower.default, ops.sell_lower.default):
+        torch.library.opcheck(lower, (mask, values, None, 77, 12, 0, 0))
+        torch.library.opcheck(lower, (mask, values.to(torch.int8), torch.ones(21, 1), 77, 8, 0, 16))
+    torch.library.opcheck(
+        ops.sell_linear.default, (x, sb.pack(weight, format="sell").lower().tensors["packed"], bias, 21)
+    )
     torch.library.opcheck(ops.bitmask_unpack.default, (mask, values, 77))
     torch.library.opcheck(ops.bitmask_pack.default, (weight,))
 

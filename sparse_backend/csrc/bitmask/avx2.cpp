@@ -10,6 +10,7 @@
 // vector shifts and read back; [5.0] the shuffles as here, mask bytes rotated out of a register.
 #include <immintrin.h>
 
+#include "../unstructured/decode_avx2.h"
 #include "kernel_impl.h"
 
 namespace sparse_backend::bitmask {
@@ -44,8 +45,11 @@ struct MaskBytes {
   inline void read(const uint8_t* masks) { bytes = masks; }
 };
 
-template <DType kValueType>
+template <Values kKind>
 struct Avx2 {
+  static constexpr Values kValues = kKind;
+  using Decoder = unstructured::Avx2Decoder;
+  using Stored = uint16_t;
   static constexpr int kBlock = 8;
   static constexpr int kParts = 1;
   static constexpr int kElements = 8;
@@ -64,7 +68,7 @@ struct Avx2 {
     const uint64_t mask = masks.bytes[8 * row + block];
     const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
     values += __builtin_popcountll(mask);
-    if constexpr (kValueType == DType::kBf16) {
+    if constexpr (kKind != Values::kFp16) {
       const __m256i shuffle = *reinterpret_cast<const __m256i*>(kFloatTable.shuffle[mask]);
       out[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed), shuffle));
     } else {
@@ -101,12 +105,56 @@ struct Avx2 {
   }
 };
 
+// Integer values: sixteen int16 products summed in pairs.
+template <Values kKind>
+struct Avx2Integer {
+  static constexpr Values kValues = kKind;
+  using Decoder = unstructured::Avx2Decoder;
+  using Stored = uint16_t;
+  static constexpr int kBlock = 16;
+  static constexpr int kParts = 1;
+  static constexpr int kElements = 16;
+  static constexpr int kGemvTokens = 4;
+  static constexpr int kGemmTile = 3;
+  using Element = int16_t;
+  using Masks = MaskBytes;
+  using Operand = __m256i;
+  using Accumulator = __m256i;
+  using Sum = __m256;
+
+  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
+
+  static inline __m128i expand8(uint64_t mask, const uint16_t*& values) {
+    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+    values += __builtin_popcountll(mask);
+    return _mm_shuffle_epi8(packed, *reinterpret_cast<const __m128i*>(kHalfTable.shuffle[mask]));
+  }
+
+  static inline void decode(const Masks& masks, int row, int block, const uint16_t*& values,
+                            Operand out[kParts]) {
+    const uint8_t* bytes = masks.bytes + 8 * row + 2 * block;
+    const __m128i low = expand8(bytes[0], values);
+    const __m128i high = expand8(bytes[1], values);
+    out[0] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  }
+
+  static inline Operand load(const int16_t* p) {
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+  }
+  static inline void store(int16_t* p, Operand v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
+  static inline Accumulator zero() { return _mm256_setzero_si256(); }
+  static inline Sum zero_sum() { return _mm256_setzero_ps(); }
+  static inline Accumulator multiply_add(Operand w, Operand x, Accumulator acc) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+  }
+  static inline Sum add_scaled(Sum sum, Accumulator acc, float scale) {
+    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(scale), sum);
+  }
+  static inline float reduce(Sum sum) { return Avx2<Values::kBf16>::reduce(sum); }
+};
+
 }  // namespace
 
-const Kernels& avx2_kernels(DType value_type) {
-  static constexpr Kernels bf16 = make_kernels<Avx2<DType::kBf16>>("avx2");
-  static constexpr Kernels fp16 = make_kernels<Avx2<DType::kFp16>>("avx2");
-  return value_type == DType::kBf16 ? bf16 : fp16;
-}
+const Kernels& avx2_kernels(Values values) { return pick_kernels<Avx2, Avx2Integer>(values, "avx2"); }
 
 }  // namespace sparse_backend::bitmask

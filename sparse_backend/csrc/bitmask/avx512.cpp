@@ -1,6 +1,7 @@
-// AVX-512 with VBMI2 and float arithmetic: fp16 values, and bf16 values where the machine
-// has no BF16 instructions or the activations are not bf16. Compiled with
-// -mavx512{f,bw,dq,vl,vbmi2} and the AVX2 flags.
+// AVX-512 with VBMI2 and VNNI. Float arithmetic for fp16 values, and for bf16 values where the
+// machine has no BF16 instructions or the activations are not bf16; vpdpwssd for integer values.
+// Compiled with -mavx512{f,bw,dq,vl,vbmi,vbmi2,vnni} and the AVX2 flags.
+#include "../unstructured/decode_avx512.h"
 #include "avx512_expand.h"
 #include "kernel_impl.h"
 
@@ -9,8 +10,11 @@ namespace {
 
 // A decoded block is 32 columns in two vectors of sixteen floats. bf16: the even columns
 // and the odd ones; fp16: the first sixteen and the last sixteen.
-template <DType kValueType>
+template <Values kKind>
 struct Avx512 {
+  static constexpr Values kValues = kKind;
+  using Decoder = unstructured::Avx512Decoder;
+  using Stored = uint16_t;
   static constexpr int kBlock = 32;
   static constexpr int kParts = 2;
   static constexpr int kElements = 16;
@@ -27,7 +31,7 @@ struct Avx512 {
                             Operand out[kParts]) {
     const auto mask = static_cast<uint32_t>(masks.mask[row] >> (block * kBlock));
     const __m512i both = expand32(mask, values);
-    if constexpr (kValueType == DType::kBf16) {
+    if constexpr (kKind != Values::kFp16) {
       out[0] = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
       out[1] = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000U))));
     } else {
@@ -45,7 +49,7 @@ struct Avx512 {
   static inline float reduce(Accumulator acc) { return _mm512_reduce_add_ps(acc); }
 
   static inline void prepare_block(const uint8_t* x, DType dtype, float* out) {
-    if constexpr (kValueType == DType::kBf16) {
+    if constexpr (kKind != Values::kFp16) {
       if (dtype == DType::kBf16) {
         const __m512i both = _mm512_loadu_si512(x);
         const __m512i odd = _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(0xFFFF0000U)));
@@ -60,12 +64,46 @@ struct Avx512 {
   }
 };
 
+// Integer values: 64 bytes are placed at once, widened, and are operands of a dot product.
+template <Values kKind>
+struct Avx512Integer {
+  static constexpr Values kValues = kKind;
+  using Decoder = unstructured::Avx512Decoder;
+  using Stored = uint8_t;
+  static constexpr int kBlock = 64;
+  static constexpr int kParts = 2;
+  static constexpr int kElements = 32;
+  static constexpr int kGemvTokens = 8;
+  static constexpr int kGemmTile = 6;
+  using Element = int16_t;
+  using Masks = MaskWords;
+  using Operand = __m512i;
+  using Accumulator = __m512i;
+  using Sum = __m512;
+
+  static constexpr int rows_at_once(int tokens) { return tokens <= 4 ? 4 : 2; }
+
+  static inline void decode(const Masks& masks, int row, int, const uint8_t*& values, Operand out[kParts]) {
+    const __m512i bytes = expand64(masks.mask[row], values);
+    out[0] = _mm512_cvtepi8_epi16(_mm512_castsi512_si256(bytes));
+    out[1] = _mm512_cvtepi8_epi16(_mm512_extracti64x4_epi64(bytes, 1));
+  }
+
+  static inline Operand load(const int16_t* p) { return _mm512_load_si512(p); }
+  static inline void store(int16_t* p, Operand v) { _mm512_store_si512(p, v); }
+  static inline Accumulator zero() { return _mm512_setzero_si512(); }
+  static inline Sum zero_sum() { return _mm512_setzero_ps(); }
+  static inline Accumulator multiply_add(Operand w, Operand x, Accumulator acc) {
+    return _mm512_dpwssd_epi32(acc, w, x);
+  }
+  static inline Sum add_scaled(Sum sum, Accumulator acc, float scale) {
+    return _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc), _mm512_set1_ps(scale), sum);
+  }
+  static inline float reduce(Sum sum) { return _mm512_reduce_add_ps(sum); }
+};
+
 }  // namespace
 
-const Kernels& avx512_kernels(DType value_type) {
-  static constexpr Kernels bf16 = make_kernels<Avx512<DType::kBf16>>("avx512");
-  static constexpr Kernels fp16 = make_kernels<Avx512<DType::kFp16>>("avx512");
-  return value_type == DType::kBf16 ? bf16 : fp16;
-}
+const Kernels& avx512_kernels(Values values) { return pick_kernels<Avx512, Avx512Integer>(values, "avx512"); }
 
 }  // namespace sparse_backend::bitmask

@@ -1,13 +1,18 @@
 // AVX-512 with VBMI2 and BF16: an expanded block is itself the operand of vdpbf16ps, so 32
 // columns of a row cost one load, one population count, one expand and one dot product.
 // Compiled with avx512.cpp's flags and -mavx512bf16.
+#include "../unstructured/decode_avx512.h"
 #include "avx512_expand.h"
 #include "kernel_impl.h"
 
 namespace sparse_backend::bitmask {
 namespace {
 
+template <Values kKind>
 struct Avx512Bf16 {
+  static constexpr Values kValues = kKind;
+  using Decoder = unstructured::Avx512Decoder;
+  using Stored = uint16_t;
   static constexpr int kBlock = 32;
   static constexpr int kParts = 1;
   static constexpr int kElements = 32;
@@ -45,9 +50,10 @@ struct Avx512Bf16 {
 
 }  // namespace
 
-const Kernels& avx512_bf16_kernels() {
-  static constexpr Kernels kernels = make_kernels<Avx512Bf16>("avx512_bf16");
-  return kernels;
+const Kernels& avx512_bf16_kernels(Values values) {
+  static constexpr Kernels plain = make_kernels<Avx512Bf16<Values::kBf16>>("avx512_bf16");
+  static constexpr Kernels coded = make_kernels<Avx512Bf16<Values::kBf16x12>>("avx512_bf16");
+  return values == Values::kBf16 ? plain : coded;
 }
 
 }  // namespace sparse_backend::bitmask

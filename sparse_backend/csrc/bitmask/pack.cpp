@@ -61,35 +61,13 @@ void pack_values(const uint16_t* dense, int64_t rows, int64_t columns, const int
   });
 }
 
-bool row_starts(const uint8_t* mask, int64_t rows, int64_t columns, int64_t* row_start,
-                const ThreadPool& pool) {
-  const int64_t stride = mask_stride(columns);
-  std::atomic<bool> clean{true};
-  row_start[0] = 0;
-  parallel_ranges(pool, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; ++n) {
-      const uint8_t* row = mask + n * stride;
-      int64_t nnz = 0, b = 0;
-      for (; b + 8 <= stride; b += 8) {
-        uint64_t word;
-        std::memcpy(&word, row + b, sizeof(word));
-        nnz += __builtin_popcountll(word);
-      }
-      for (; b < stride; ++b) nnz += __builtin_popcount(row[b]);
-      if (columns % 8 != 0 && (row[stride - 1] >> (columns % 8)) != 0) clean = false;
-      row_start[n + 1] = nnz;
-    }
-  });
-  for (int64_t n = 0; n < rows; ++n) row_start[n + 1] += row_start[n];
-  return clean;
-}
-
 void unpack(const Canonical& weight, const int64_t* row_start, uint16_t* dense, const ThreadPool& pool) {
   const int64_t columns = weight.in_features, stride = mask_stride(columns);
+  const auto* stored_values = static_cast<const uint16_t*>(weight.data);
   parallel_ranges(pool, weight.out_features, kRowsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const uint8_t* mask = weight.mask + n * stride;
-      const uint16_t* values = weight.values + row_start[n];
+      const uint16_t* values = stored_values + row_start[n];
       uint16_t* row = dense + n * columns;
       for (int64_t k = 0; k < columns; ++k) {
         const bool stored = (mask[k / 8] >> (k % 8)) & 1U;
@@ -100,91 +78,33 @@ void unpack(const Canonical& weight, const int64_t* row_start, uint16_t* dense, 
   });
 }
 
-int64_t machine_bytes(int64_t out_features, int64_t in_features, int64_t nnz) {
-  const int64_t panels = (out_features + kPanelRows - 1) / kPanelRows;
-  const int64_t chunks = (in_features + kChunk - 1) / kChunk;
-  const int64_t offsets = round_up((panels + 1) * 8, 64);
-  return int64_t{sizeof(Header)} + offsets + panels * chunks * kPanelRows * 8 + 2 * nnz + kTailPadding;
-}
-
-void lower(const Canonical& weight, const int64_t* row_start, uint8_t* buffer, const ThreadPool& pool) {
-  const int64_t rows = weight.out_features, columns = weight.in_features;
-  const int64_t panels = (rows + kPanelRows - 1) / kPanelRows;
-  const int64_t chunks = (columns + kChunk - 1) / kChunk;
-  const int64_t stride = mask_stride(columns);
-  const int64_t stream_offset = int64_t{sizeof(Header)} + round_up((panels + 1) * 8, 64);
-  const int64_t total = machine_bytes(rows, columns, weight.nnz);
-
-  const Header header{
-      kMagic, static_cast<int32_t>(weight.value_type), 0, rows, columns, weight.nnz, panels, stream_offset,
-      total};
-  std::memset(buffer, 0, stream_offset);
-  std::memcpy(buffer, &header, sizeof(header));
-  uint64_t* offsets = reinterpret_cast<uint64_t*>(buffer + sizeof(header));
-  for (int64_t p = 0; p <= panels; ++p) {
-    const int64_t first_row = p * kPanelRows < rows ? p * kPanelRows : rows;
-    offsets[p] = static_cast<uint64_t>(p * chunks * kPanelRows * 8 + 2 * row_start[first_row]);
+int64_t write_panel(const Canonical& weight, const int64_t* row_start, const Encoding& encoding,
+                    int64_t panel, std::vector<uint8_t>* out) {
+  const int64_t rows = weight.out_features, chunks = (weight.in_features + kChunk - 1) / kChunk;
+  int64_t at[kPanelRows] = {};
+  int64_t nnz = 0;
+  for (int r = 0; r < kPanelRows; ++r) {
+    const int64_t n = panel * kPanelRows + r;
+    if (n >= rows) continue;
+    at[r] = row_start[n];
+    nnz += row_start[n + 1] - row_start[n];
   }
-  std::memset(buffer + total - kTailPadding, 0, kTailPadding);
-
-  parallel_ranges(pool, panels, kRowsPerTask / kPanelRows, [&](int64_t begin, int64_t end) {
-    for (int64_t p = begin; p < end; ++p) {
-      uint8_t* out = buffer + stream_offset + offsets[p];
-      const uint16_t* values[kPanelRows] = {};
-      for (int r = 0; r < kPanelRows; ++r) {
-        const int64_t n = p * kPanelRows + r;
-        if (n < rows) values[r] = weight.values + row_start[n];
-      }
-      for (int64_t c = 0; c < chunks; ++c) {
-        uint64_t masks[kPanelRows] = {};
-        const int64_t first = c * kChunk / 8;
-        const int64_t bytes = stride - first < 8 ? stride - first : 8;
-        for (int r = 0; r < kPanelRows; ++r) {
-          const int64_t n = p * kPanelRows + r;
-          if (n < rows) std::memcpy(&masks[r], weight.mask + n * stride + first, bytes);
-        }
-        std::memcpy(out, masks, sizeof(masks));
-        out += sizeof(masks);
-        for (int r = 0; r < kPanelRows; ++r) {
-          const int64_t count = __builtin_popcountll(masks[r]);
-          if (count == 0) continue;
-          std::memcpy(out, values[r], 2 * count);
-          values[r] += count;
-          out += 2 * count;
-        }
-      }
+  out->reserve(chunks * (kPanelRows * 8 + 1) + unstructured::run_bytes(encoding.values, nnz));
+  uint16_t words[kPanelRows * kChunk];
+  for (int64_t c = 0; c < chunks; ++c) {
+    uint64_t masks[kPanelRows] = {};
+    int64_t count = 0;
+    for (int r = 0; r < kPanelRows; ++r) {
+      const int64_t n = panel * kPanelRows + r;
+      if (n < rows) masks[r] = unstructured::mask_bits(weight, n, c * kChunk);
+      const int stored = __builtin_popcountll(masks[r]);
+      for (int i = 0; i < stored; ++i) words[count++] = weight.word(at[r]++);
     }
-  });
-}
-
-const char* parse(const uint8_t* buffer, int64_t bytes, View* view) {
-  if (bytes < int64_t{sizeof(Header)}) return "packed weight is shorter than its header";
-  std::memcpy(&view->header, buffer, sizeof(Header));
-  const Header& h = view->header;
-  if (h.magic != kMagic) return "packed weight does not start with a bitmask header";
-  if (h.value_type != static_cast<int32_t>(DType::kBf16) &&
-      h.value_type != static_cast<int32_t>(DType::kFp16)) {
-    return "packed weight has an unknown value type";
+    const auto* bytes = reinterpret_cast<const uint8_t*>(masks);
+    out->insert(out->end(), bytes, bytes + sizeof(masks));
+    encoding.append(words, count, out);
   }
-  // Bounds first: the sums below must not overflow on a header that is garbage.
-  constexpr int64_t kMaxFeatures = int64_t{1} << 31;
-  if (h.out_features > kMaxFeatures || h.in_features > kMaxFeatures || h.nnz > bytes) {
-    return "packed weight's header does not agree with its size";
-  }
-  if (h.out_features < 0 || h.in_features < 0 || h.nnz < 0 || h.total_bytes != bytes ||
-      h.panels != (h.out_features + kPanelRows - 1) / kPanelRows ||
-      h.stream_offset != int64_t{sizeof(Header)} + round_up((h.panels + 1) * 8, 64) ||
-      bytes != machine_bytes(h.out_features, h.in_features, h.nnz)) {
-    return "packed weight's header does not agree with its size";
-  }
-  view->offsets = reinterpret_cast<const uint64_t*>(buffer + sizeof(Header));
-  const uint64_t stream_bytes = static_cast<uint64_t>(bytes - h.stream_offset - kTailPadding);
-  bool ordered = view->offsets[0] == 0 && view->offsets[h.panels] == stream_bytes;
-  for (int64_t p = 0; p < h.panels; ++p) ordered &= view->offsets[p] <= view->offsets[p + 1];
-  if (!ordered) return "packed weight's panel offsets are damaged";
-  view->stream = buffer + h.stream_offset;
-  view->chunks = (h.in_features + kChunk - 1) / kChunk;
-  return nullptr;
+  return nnz;
 }
 
 int64_t count_nonzero(const uint16_t* values, int64_t count, const ThreadPool& pool) {

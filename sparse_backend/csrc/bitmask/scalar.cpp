@@ -1,11 +1,15 @@
 // Portable kernels: any processor, and the naive form of what the SIMD files do.
+#include "../unstructured/decode_scalar.h"
 #include "kernel_impl.h"
 
 namespace sparse_backend::bitmask {
 namespace {
 
-template <DType kValueType>
+template <Values kKind>
 struct Scalar {
+  static constexpr Values kValues = kKind;
+  using Decoder = unstructured::ScalarDecoder;
+  using Stored = uint16_t;
   static constexpr int kBlock = 8;
   static constexpr int kParts = 1;
   static constexpr int kElements = 8;
@@ -26,7 +30,7 @@ struct Scalar {
       const bool stored = (mask >> i) & 1U;
       const uint16_t bits = stored ? *values : uint16_t{0};
       values += stored;
-      out[0].lane[i] = kValueType == DType::kBf16 ? float_from_bf16(bits) : float_from_fp16(bits);
+      out[0].lane[i] = kKind == Values::kFp16 ? float_from_fp16(bits) : float_from_bf16(bits);
     }
   }
 
@@ -53,12 +57,61 @@ struct Scalar {
   }
 };
 
+template <Values kKind>
+struct ScalarInteger {
+  static constexpr Values kValues = kKind;
+  using Decoder = unstructured::ScalarDecoder;
+  using Stored = uint16_t;
+  static constexpr int kBlock = 8;
+  static constexpr int kParts = 1;
+  static constexpr int kElements = 8;
+  static constexpr int kGemvTokens = 2;
+  static constexpr int kGemmTile = 4;
+  using Element = int16_t;
+  using Masks = MaskWords;
+  struct Operand {
+    int16_t lane[kElements];
+  };
+  struct Accumulator {
+    int32_t lane[kElements];
+  };
+  using Sum = Scalar<Values::kBf16>::Accumulator;
+
+  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 2 : 1; }
+
+  static void decode(const Masks& masks, int row, int block, const uint16_t*& values, Operand out[kParts]) {
+    const auto mask = static_cast<uint32_t>(masks.mask[row] >> (block * kBlock));
+    for (int i = 0; i < kBlock; ++i) {
+      const bool stored = (mask >> i) & 1U;
+      out[0].lane[i] = stored ? static_cast<int16_t>(*values) : int16_t{0};
+      values += stored;
+    }
+  }
+
+  static Operand load(const int16_t* p) {
+    Operand v;
+    std::memcpy(v.lane, p, sizeof(v.lane));
+    return v;
+  }
+  static void store(int16_t* p, const Operand& v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
+  static Accumulator zero() { return Accumulator{}; }
+  static Sum zero_sum() { return Sum{}; }
+
+  static Accumulator multiply_add(const Operand& w, const Operand& x, Accumulator acc) {
+    for (int i = 0; i < kElements; ++i) acc.lane[i] += w.lane[i] * x.lane[i];
+    return acc;
+  }
+
+  static Sum add_scaled(Sum sum, const Accumulator& acc, float scale) {
+    for (int i = 0; i < kElements; ++i) sum.lane[i] += static_cast<float>(acc.lane[i]) * scale;
+    return sum;
+  }
+
+  static float reduce(const Sum& sum) { return Scalar<Values::kBf16>::reduce(sum); }
+};
+
 }  // namespace
 
-const Kernels& scalar_kernels(DType value_type) {
-  static constexpr Kernels bf16 = make_kernels<Scalar<DType::kBf16>>("scalar");
-  static constexpr Kernels fp16 = make_kernels<Scalar<DType::kFp16>>("scalar");
-  return value_type == DType::kBf16 ? bf16 : fp16;
-}
+const Kernels& scalar_kernels(Values values) { return pick_kernels<Scalar, ScalarInteger>(values, "scalar"); }
 
 }  // namespace sparse_backend::bitmask

@@ -42,7 +42,7 @@ inline void _mm512_store_si512(void* p, const __m512i& v) {
   if (reinterpret_cast<uintptr_t>(p) % 64) __builtin_trap();
   std::memcpy(p, &v, 64);
 }
-inline __m512 _mm512_load_ps(const float* p) { return emulated_cast<__m512>(_mm512_load_si512(p)); }
+inline __m512 _mm512_load_ps(const void* p) { return emulated_cast<__m512>(_mm512_load_si512(p)); }
 inline void _mm512_store_ps(float* p, const __m512& v) { _mm512_store_si512(p, emulated_cast<__m512i>(v)); }
 inline __m512 _mm512_setzero_ps() { return __m512{}; }
 inline __m512 _mm512_castsi512_ps(const __m512i& v) { return emulated_cast<__m512>(v); }
@@ -233,3 +233,5 @@ inline void _tile_dpbsud(int c, int a, int b) {
     }
   }
 }
+
+#include "words.h"

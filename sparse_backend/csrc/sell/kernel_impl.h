@@ -1,0 +1,164 @@
+// The sell kernels, written once over a `Simd` policy that each instruction set's file defines:
+//
+//   kValues, Decoder, Stored   as in bitmask/kernel_impl.h
+//   kLanes         tokens in a vector of the batched kernel
+//   Vector, Sum    kLanes accumulators (int32 for integer values) and kLanes floats
+//   zero(), multiply_add(weight, x, acc)   weight: the 4 bytes that widen() made of a stored value
+//   add_scaled(out, acc, scale)            out[kLanes] += acc * scale
+//
+// A row's entries of a block are summed in order, two by two, into one accumulator that starts at
+// zero; the blocks' sums are added in order. `gemv` and `batch` do the same, in every instruction
+// set: results depend on none of batch, threads and machine.
+#pragma once
+
+#include "../unstructured/quantise.h"
+#include "kernels.h"
+
+namespace sparse_backend::sell {
+namespace {
+
+// A block of one strip, decoded.
+template <class Simd>
+struct Block {
+  using Stored = typename Simd::Stored;
+  const BlockHeader* header;
+  const uint8_t* active;
+  const uint8_t* columns;
+  const Stored* values;
+  const uint8_t* ahead;  // in the strip's next block, which is about as long
+
+  // Asks memory for as much of the next block as a step takes of this one. Spread over the steps: all
+  // at once they would wait for each other, and the loads of this block for them.
+  inline void prefetch(int active_rows) {
+    constexpr int64_t kBytes = 2 + unstructured::run_bytes(Simd::kValues, 2);
+    __builtin_prefetch(ahead);
+    if constexpr (kBytes > 4) __builtin_prefetch(ahead + 64);
+    ahead += kBytes * active_rows;
+  }
+
+  // Reads the block at `stream` and returns where the next one starts.
+  inline const uint8_t* read(const uint8_t* stream, const ExponentTable& table, uint16_t* words) {
+    header = reinterpret_cast<const BlockHeader*>(stream);
+    uint16_t entries, all_steps;
+    std::memcpy(&entries, stream + offsetof(BlockHeader, entries), 2);
+    std::memcpy(&all_steps, stream + offsetof(BlockHeader, all_steps), 2);
+    active = stream + sizeof(BlockHeader);
+    columns = active + all_steps;
+    const uint8_t* run = columns + entries;
+    const uint8_t* next = run + unstructured::run_bytes(Simd::kValues, entries);
+    ahead = next;
+    if constexpr (Simd::Decoder::template plain<Simd::kValues>()) {
+      values = reinterpret_cast<const Stored*>(run);
+    } else {
+      values = reinterpret_cast<const Stored*>(words);
+      Simd::Decoder::template decode<Simd::kValues>(run, entries, 0, table, words);
+    }
+    return next;
+  }
+};
+
+// What a block's sums are multiplied by: the scales of the unit's rows, or nullptr for 1.
+template <class Simd>
+inline const float* block_scales(const UnitArgs& args, int64_t block, int strip) {
+  if constexpr (!unstructured::is_integer(Simd::kValues)) return nullptr;
+  const int64_t group = args.group_blocks > 0 ? block / args.group_blocks : 0;
+  return args.scales + group * args.scale_stride + strip * kStripRows;
+}
+
+// The four bytes that multiply_add() takes for a stored value.
+template <Values kValues, class Stored>
+inline uint32_t widen(Stored value) {
+  if constexpr (unstructured::is_integer(kValues)) {
+    using Signed = std::conditional_t<sizeof(Stored) == 1, int8_t, int16_t>;
+    return static_cast<uint16_t>(static_cast<Signed>(value));
+  } else if constexpr (kValues == Values::kFp16) {
+    return bits_from_float(float_from_fp16(value));
+  } else {
+    return static_cast<uint32_t>(value) << 16;
+  }
+}
+
+template <class Simd, int kVectors>
+void batch_vectors(const UnitArgs& args) {
+  uint16_t* words = static_cast<uint16_t*>(args.scratch);
+  uint32_t* weights = reinterpret_cast<uint32_t*>(words + kBlockWords);
+  uint32_t* offsets = weights + kBlockWords;
+  const ExponentTable table = *args.exponents;
+  const uint8_t* stream[kUnitStrips];
+  for (int s = 0; s < args.strips; ++s) stream[s] = args.strip[s];
+  const int64_t column_bytes = int64_t{args.token_stride} * 4;
+  for (int64_t i = 0; i < args.strips * kStripRows * int64_t{args.token_stride}; ++i) args.out[i] = 0;
+
+  for (int64_t b = 0; b < args.blocks; ++b) {
+    const uint8_t* x = static_cast<const uint8_t*>(args.x) + b * kBlockColumns * column_bytes;
+    for (int s = 0; s < args.strips; ++s) {
+      Block<Simd> block;
+      stream[s] = block.read(stream[s], table, words);
+      const int entries = block.header->entries;
+      for (int i = 0; i < entries; ++i) weights[i] = widen<Simd::kValues>(block.values[i]);
+      for (int i = 0; i < entries; ++i) {
+        offsets[i] = static_cast<uint32_t>(block.columns[i]) * static_cast<uint32_t>(column_bytes);
+      }
+      int row_of[kStripRows];
+      for (int r = 0; r < kStripRows; ++r) row_of[block.header->rank[r]] = r;
+      const float* scales = block_scales<Simd>(args, b, s);
+      float* out = args.out + int64_t{s} * kStripRows * args.token_stride;
+      const uint8_t* active = block.active;
+      int first[kBlockColumns / 2 + 1];
+      int position = 0;
+      for (int slice = 0; slice < kSlices; ++slice) {
+        const int steps = block.header->steps[slice];
+        for (int j = 0; j < steps; ++j) {
+          first[j] = position;
+          position += 2 * active[j];
+          block.prefetch(active[j]);
+        }
+        int mine = steps;
+        for (int lane = 0; lane < kSliceRows; ++lane) {
+          while (mine > 0 && active[mine - 1] <= lane) --mine;
+          typename Simd::Vector acc[kVectors];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) acc[v] = Simd::zero();
+          for (int j = 0; j < mine; ++j) {
+            const int at = first[j] + 2 * lane;
+            const uint8_t* x0 = x + offsets[at];
+            const uint8_t* x1 = x + offsets[at + 1];
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+              acc[v] = Simd::multiply_add(weights[at], x0 + v * Simd::kLanes * 4, acc[v]);
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < kVectors; ++v) {
+              acc[v] = Simd::multiply_add(weights[at + 1], x1 + v * Simd::kLanes * 4, acc[v]);
+            }
+          }
+          const int row = row_of[slice * kSliceRows + lane];
+          const float scale = scales == nullptr ? 1.0F : scales[row];
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            Simd::add_scaled(out + int64_t{row} * args.token_stride + v * Simd::kLanes, acc[v], scale);
+          }
+        }
+        active += steps;
+      }
+    }
+  }
+}
+
+template <class Simd>
+void batch(const UnitArgs& args) {
+  static_assert(kBatchTokens % Simd::kLanes == 0, "whole vectors");
+  switch (args.token_stride / Simd::kLanes) {
+    case 1:
+      return batch_vectors<Simd, 1>(args);
+    case 2:
+      return batch_vectors<Simd, 2>(args);
+    case 4:
+      return batch_vectors<Simd, 4>(args);
+    default:
+      return batch_vectors<Simd, 8>(args);
+  }
+}
+
+}  // namespace
+}  // namespace sparse_backend::sell

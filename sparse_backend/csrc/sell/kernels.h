@@ -1,0 +1,62 @@
+// The interface between the driver (linear.cpp) and the kernels of one instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "../unstructured/values.h"
+#include "layout.h"
+
+namespace sparse_backend::sell {
+
+using unstructured::ExponentTable;
+using unstructured::Values;
+
+// Strips a kernel call computes, block by block in turn: they share the block's activations while
+// those are in L1, and memory delivers several streams faster than one.
+constexpr int kUnitStrips = 8;
+constexpr int kUnitRows = kUnitStrips * kStripRows;
+// Tokens per call of the batched kernel: 128 columns of them are 32 KB.
+constexpr int kBatchTokens = 64;
+// Entries that the words of a block may need, padded to what decoders write.
+constexpr int kBlockWords = kMostEntries + unstructured::kDecodeGroup;
+// Bytes of scratch a kernel needs per thread: words, and per entry a weight and an offset.
+constexpr int64_t kScratchBytes = int64_t{kBlockWords} * (2 + 4 + 4);
+
+struct UnitArgs {
+  const uint8_t* strip[kUnitStrips];  // start of each strip's stream; the first `strips` are valid
+  int strips;
+  int64_t blocks;                  // blocks of 128 columns per strip
+  const ExponentTable* exponents;  // of kBf16x12 values
+  const float* scales;             // integer values: of the unit's first row and group
+  int64_t scale_stride;            // floats from one group to the next
+  int64_t group_blocks;            // blocks per group of scales; 0: one group
+  const void* x;                   // prepared activations
+  int token_stride;                // batched: tokens a prepared column holds, a multiple of `lanes`
+  float* out;     // [strips * kStripRows][token_stride], [..][1] for gemv; of integer values before the
+                  // activations' scales
+  void* scratch;  // kScratchBytes, 64-byte aligned
+};
+
+// One instruction set's kernels for one kind of stored values.
+struct Kernels {
+  const char* name;
+  // One token. nullptr, or not for this type of activations: `batch` does it.
+  void (*gemv)(const UnitArgs& args);
+  bool (*gemv_takes)(DType x_type);
+  int64_t gemv_element_bytes;  // of prepared activations
+  // Converts a row of `k` activations for gemv, zero-padded to a multiple of kBlockColumns; there is
+  // room for a block more. For integer values they are integers of magnitude up to `limit`; returns their
+  // scale.
+  float (*prepare)(const void* x, DType dtype, int64_t k, int limit, void* out);
+  // Up to kBatchTokens tokens. Prepared: [column][token_stride] of 4 bytes, float or int32.
+  void (*batch)(const UnitArgs& args);
+  int lanes;
+};
+
+const Kernels& scalar_kernels(Values values);
+#if defined(__x86_64__)
+const Kernels& avx2_kernels(Values values);
+const Kernels& avx512_kernels(Values values);
+#endif
+
+}  // namespace sparse_backend::sell

@@ -1,0 +1,263 @@
+"""What formats for unstructured zeros share: one canonical form, several kinds of values.
+
+The canonical form says where weights are (`mask`) and what they are (`values`, row by row). What
+differs between `bitmask` and `sell` is the machine form their kernels read.
+
+Kinds of values: the weight's own bf16 or fp16; `bf16x12`, the same bf16 values whose machine form
+codes the exponent in 4 bits (lossless); `int8` and `int4`, rounded to the nearest of 255 or 15
+equidistant values under one scale per row or group of columns, blind to the zeros (symmetric
+round-to-nearest, as LLM.int8(), Dettmers et al., 2022).
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from ..errors import WeightError
+from ..options import Options
+from ..packed import MachineWeight, PackedWeight
+from .base import Candidate, Format, TensorSpec
+
+# Largest code of integer values.
+LEVELS = {"int8": 127, "int4": 7}
+_BITS = {"int8": 8, "int4": 4}
+_ACTIVATION_BITS = {"keep": 16, "int8": 8}
+DEFAULT_GROUP = {"int8": 0, "int4": 128}
+
+
+class Unstructured(Format):
+    """Tensors: `mask` [N, ceil(K/8)] uint8, bit j of byte b is column 8 b + j; `values`.
+
+    `values` is [nnz] of the weight's dtype or int8, or for int4 [ceil(nnz / 2)] uint8 with value
+    2 i in the low half of byte i, two's complement. Integer values come with `scales` [N, groups]
+    float32. Attributes: `values`, and for integers `group_size` (0: one scale per row) and
+    `activations` (keep, int8).
+    """
+
+    dtypes = (torch.bfloat16, torch.float16)
+    tensors = (
+        TensorSpec("mask", torch.uint8, 2, "[N, ceil(K / 8)]"),
+        TensorSpec("values", None, 1, "[nnz]"),
+    )
+    group_sizes: ClassVar[tuple[int, ...]]
+    # Whether bf16 values get coded exponents unless options say otherwise.
+    coded: ClassVar[bool]
+
+    @abc.abstractmethod
+    def _lower(self, *args: Any) -> torch.Tensor:
+        """The format's lowering op."""
+
+    def specs(self, attributes: Mapping[str, Any]) -> tuple[TensorSpec, ...]:
+        values = attributes.get("values")
+        if values not in LEVELS:
+            return self.tensors
+        stored = (
+            TensorSpec("values", torch.int8, 1, "[nnz]")
+            if values == "int8"
+            else TensorSpec("values", torch.uint8, 1, "[ceil(nnz / 2)]")
+        )
+        return (self.tensors[0], stored, TensorSpec("scales", torch.float32, 2, "[N, ceil(K / group_size)]"))
+
+    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
+        """For values int8 and int4, which round, the candidate that was asked for."""
+        n, k = weight.shape
+        value_bits = _BITS.get(options.values or "", 8 * weight.dtype.itemsize)
+        scales = 0
+        if options.values in LEVELS:
+            group = self._group_size(options)
+            scales = 4 * n * (-(-k // group) if group else 1)
+        nbytes = n * ((k + 7) // 8) + (nnz * value_bits + 7) // 8 + scales
+        return Candidate(nbytes, lambda: self.pack(weight, options))
+
+    def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+        return None if "scales" in shapes else shapes["values"][0]
+
+    def _group_size(self, options: Options) -> int:
+        size = DEFAULT_GROUP[options.values or ""] if options.group_size is None else options.group_size
+        if size and size not in self.group_sizes:
+            raise WeightError(f"{self.name} has no groups of {size} columns; there are {self.group_sizes}")
+        return size
+
+    def pack(self, weight: torch.Tensor, options: Options) -> PackedWeight:
+        from ..kernels import cpu
+
+        self.check_weight(weight)
+        with cpu.as_weight_error():
+            mask, values = cpu.ops().bitmask_pack(weight)
+        shape = (weight.shape[0], weight.shape[1])
+        if options.values not in LEVELS:
+            attributes: dict[str, Any] = {"values": options.values} if options.values in ("bf16", "bf16x12") else {}
+            return PackedWeight(self.name, shape, values.dtype, {"mask": mask, "values": values}, attributes)
+        group_size = self._group_size(options)
+        codes, scales = quantise(weight, LEVELS[options.values], group_size)
+        attributes = {
+            "values": options.values, "group_size": group_size, "activations": options.activations or "keep"
+        }  # fmt: skip
+        return self._from_codes(mask, codes, scales, weight.dtype, attributes, shape)
+
+    def _from_codes(
+        self,
+        mask: torch.Tensor,
+        codes: torch.Tensor,
+        scales: torch.Tensor,
+        dtype: torch.dtype,
+        attributes: dict[str, Any],
+        shape: tuple[int, int],
+    ) -> PackedWeight:
+        stored = codes if attributes["values"] == "int8" else _join_halves(codes)
+        return PackedWeight(self.name, shape, dtype, {"mask": mask, "values": stored, "scales": scales}, attributes)
+
+    def codes(self, packed: PackedWeight) -> torch.Tensor:
+        """Integer values as int8 [nnz]."""
+        stored = packed.tensors["values"]
+        if packed.attributes["values"] == "int8":
+            return stored
+        return _split_halves(stored, _bits_set(packed.tensors["mask"]))
+
+    def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:
+        return weight if options.values not in LEVELS else self.pack(weight, options).unpack()
+
+    def _dense_codes(self, packed: PackedWeight) -> torch.Tensor:
+        from ..kernels import cpu
+
+        with cpu.as_weight_error():
+            codes: torch.Tensor = cpu.ops().bitmask_unpack(
+                packed.tensors["mask"], self.codes(packed).to(torch.bfloat16), packed.shape[1]
+            )
+        return codes
+
+    def unpack(self, packed: PackedWeight) -> torch.Tensor:
+        from ..kernels import cpu
+
+        if packed.attributes.get("values") not in LEVELS:
+            with cpu.as_weight_error():
+                dense: torch.Tensor = cpu.ops().bitmask_unpack(
+                    packed.tensors["mask"], packed.tensors["values"], packed.shape[1]
+                )
+            return dense
+        scales = packed.tensors["scales"]
+        if packed.attributes["group_size"]:
+            scales = scales.repeat_interleave(packed.attributes["group_size"], dim=1)[:, : packed.shape[1]]
+        return (self._dense_codes(packed).float() * scales).add_(0.0).to(packed.dtype)
+
+    def lower(self, packed: PackedWeight) -> MachineWeight:
+        from ..kernels import cpu
+
+        values = packed.attributes.get("values")
+        mask, k = packed.tensors["mask"], packed.shape[1]
+        with cpu.as_weight_error():
+            if values in LEVELS:
+                buffer = self._lower(
+                    mask, self.codes(packed), packed.tensors["scales"], k, _BITS[values],
+                    packed.attributes["group_size"], _ACTIVATION_BITS[packed.attributes["activations"]],
+                )  # fmt: skip
+            else:
+                coded = values == "bf16x12" or (values is None and self.coded)
+                bits = 12 if coded and packed.dtype == torch.bfloat16 else 16
+                buffer = self._lower(mask, packed.tensors["values"], None, k, bits, 0, 0)
+        return MachineWeight(self.name, packed.shape, packed.dtype, {"packed": buffer})
+
+    def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
+        part = self.part(packed.shape[dim], index, count)
+        mask, attributes = packed.tensors["mask"], dict(packed.attributes)
+        integer = attributes.get("values") in LEVELS
+        if dim == 1:  # columns are interleaved in `values`: cut the dense form
+            if not integer:
+                return self.pack(packed.unpack()[:, part].contiguous(), Options(values=attributes.get("values")))
+            group_size = attributes["group_size"]
+            if group_size and part.start % group_size:
+                raise WeightError(f"cannot cut columns at {part.start}: scales stand for groups of {group_size}")
+            # A code may be zero, so the mask is cut as a matrix of its own.
+            ones = torch.ones(_bits_set(mask), dtype=torch.bfloat16)
+            cut_mask, cut_codes = self._cut(packed, ones, part)
+            scales = packed.tensors["scales"]
+            if group_size:
+                scales = scales[:, part.start // group_size : -(-part.stop // group_size)]
+            shape = (packed.shape[0], part.stop - part.start)
+            return self._from_codes(cut_mask, cut_codes, scales.clone(), packed.dtype, attributes, shape)
+        start, stop = (_bits_set(mask[:n]) for n in (part.start, part.stop))
+        shape = (part.stop - part.start, packed.shape[1])
+        if integer:
+            scales = packed.tensors["scales"][part].clone()
+            codes = self.codes(packed)[start:stop].clone()
+            return self._from_codes(mask[part].contiguous(), codes, scales, packed.dtype, attributes, shape)
+        tensors = {"mask": mask[part].contiguous(), "values": packed.tensors["values"][start:stop].clone()}
+        return PackedWeight(self.name, shape, packed.dtype, tensors, attributes)
+
+    def _cut(self, packed: PackedWeight, ones: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        from ..kernels import cpu
+
+        where = cpu.ops().bitmask_unpack(packed.tensors["mask"], ones, packed.shape[1])[:, part].contiguous()
+        mask, _ = cpu.ops().bitmask_pack(where)
+        codes = self._dense_codes(packed)[:, part][where != 0].to(torch.int8)
+        return mask, codes
+
+    def validate(self, packed: PackedWeight) -> None:
+        super().validate(packed)
+        n, k = packed.shape
+        mask = packed.tensors["mask"]
+        if tuple(mask.shape) != (n, (k + 7) // 8):
+            raise WeightError(
+                f"{self.name}: shape {packed.shape} needs a mask {(n, (k + 7) // 8)}, got {tuple(mask.shape)}"
+            )
+        attributes = packed.attributes
+        values = attributes.get("values")
+        if values not in LEVELS:
+            if values not in (None, "bf16", "bf16x12"):
+                raise WeightError(f"{self.name}: attributes {attributes} are not those of this format")
+            return
+        group_size = attributes.get("group_size")
+        if group_size not in (0, *self.group_sizes) or attributes.get("activations") not in _ACTIVATION_BITS:
+            raise WeightError(f"{self.name}: attributes {attributes} are not those of this format")
+        expected = (n, -(-k // group_size) if group_size else 1)
+        scales = packed.tensors["scales"]
+        if tuple(scales.shape) != expected:
+            raise WeightError(f"{self.name}: scales must be {expected}, got {tuple(scales.shape)}")
+        if not torch.isfinite(scales).all() or (scales < 0).any():
+            raise WeightError(f"{self.name}: scales must be finite and not negative")
+
+
+def quantise(weight: torch.Tensor, levels: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of the nonzeros, int8 [nnz] row by row, and scales [N, groups] float32.
+
+    Args:
+        weight: [N, K], finite.
+        levels: the largest code; scale = largest magnitude of the row or group / levels.
+        group_size: columns per scale; 0 for one per row.
+    """
+    n, k = weight.shape
+    group = group_size or max(k, 1)
+    groups = -(-k // group) if group_size else 1
+    scales = torch.zeros(n, groups, dtype=torch.float32)
+    if k == 0:
+        return torch.zeros(0, dtype=torch.int8), scales
+    codes = []
+    rows = max(1, (1 << 22) // max(1, k))
+    for start in range(0, n, rows):  # bounded scratch memory, whatever N is
+        block = torch.nn.functional.pad(weight[start : start + rows].float(), (0, groups * group - k))
+        parts = block.view(-1, groups, group)
+        scale = parts.abs().amax(dim=2) / levels
+        scales[start : start + rows] = scale
+        rounded = (parts / scale.clamp(min=1e-38)[..., None]).round().clamp(-levels, levels)
+        codes.append(rounded.view(block.shape)[block != 0].to(torch.int8))
+    return torch.cat(codes) if codes else torch.zeros(0, dtype=torch.int8), scales
+
+
+def _join_halves(codes: torch.Tensor) -> torch.Tensor:
+    halves = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(torch.uint8).view(-1, 2) & 15
+    return halves[:, 0] | (halves[:, 1] << 4)
+
+
+def _split_halves(stored: torch.Tensor, count: int) -> torch.Tensor:
+    if stored.numel() != (count + 1) // 2:
+        raise WeightError(f"mask has {count} bits set, which needs {(count + 1) // 2} bytes, not {stored.numel()}")
+    halves = torch.stack((stored & 15, stored >> 4), dim=1).view(-1)[:count].view(torch.int8)
+    return torch.where(halves > 7, halves - 16, halves)
+
+
+def _bits_set(mask: torch.Tensor) -> int:
+    return sum(int(((mask >> bit) & 1).sum()) for bit in range(8))
