@@ -12,7 +12,7 @@ help:
 	@echo "make test        all tests, with the real vLLM and SGLang (18 minutes)"
 	@echo "make test-quick  the tests that start no engine (4 minutes)"
 	@echo "make test-asan   the C++ under AddressSanitizer and UBSan"
-	@echo "make bench       kernel speeds against peers, into benchmarks/results"
+	@echo "make bench       kernels, engines, quality against peers, into benchmarks/results"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make env-vllm    only create $(VENVS)/vllm; VENVS=DIR keeps it elsewhere"
 	@echo "make env-sglang  also create $(VENVS)/sglang (11 GB)"
@@ -39,8 +39,14 @@ test-asan: env-vllm
 # llama.cpp is a peer: compiled once for this machine, which takes minutes.
 bench: env-vllm
 	@$(VLLM)/python -m pip install --quiet "$$(ls build/wheel/*.whl)[bench]"
-	@$(VLLM)/python benchmarks/kernels.py
-	@$(VLLM)/python benchmarks/kernels.py --format ternary
+	@$(VLLM)/python benchmarks/kernels.py --save kernels
+	@$(VLLM)/python benchmarks/kernels.py --zeros 0.75 --shapes "llama3-8b o" --no-peers --seconds 0.5 \
+	    --batch 1 2 3 4 6 8 12 16 24 32 64 128 256 512 --save kernels-batch
+	@$(VLLM)/python benchmarks/kernels.py --zeros 0.3 0.4 0.5 0.6 0.7 0.75 0.8 0.85 0.9 0.95 --no-peers \
+	    --shapes "llama3-8b gate/up" --batch 1 --seconds 0.5 --save kernels-zeros
+	@$(VLLM)/python benchmarks/kernels.py --format ternary --save ternary-kernels
+	@$(VLLM)/python benchmarks/engine.py --zeros 0.5 0.9 --save engine
+	@$(VLLM)/python benchmarks/quality.py --save quality
 
 lint: env-vllm
 	@$(VLLM)/ruff check .

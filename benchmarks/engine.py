@@ -17,18 +17,50 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import sparse_kernels
 import ternary_engine
+import torch
+from contest import dense_peers, fastest
+from contest import measure as measure_kernels
 from random_models import demo_config, save_llama
 from rich.console import Console
 from rich.table import Table
 from vllm_runner import run
 
+from sparse_backend import Options
+from sparse_backend.compiler import plan
+
 FLAG = {"quantization": "sparse-compiled"}
 console = Console(width=110)
 
 
+def kernel_seconds(layers: int, zeros: float, batch: int, values: str | None) -> dict[str, float]:
+    """Seconds all projections of the model take per step: the best dense kernel's, and ours."""
+    config = demo_config(layers)
+    hidden, head = config["hidden_size"], config["head_dim"]
+    kv = config["num_key_value_heads"] * head
+    shapes = (
+        (config["num_attention_heads"] * head + 2 * kv, hidden),
+        (hidden, config["num_attention_heads"] * head),
+        (2 * config["intermediate_size"], hidden),
+        (hidden, config["intermediate_size"]),
+    )
+    total = {"dense": 0.0, "ours": 0.0}
+    for n, k in shapes:
+        weight = torch.randn(n, k).masked_fill_(torch.rand(n, k) < zeros, 0).bfloat16()
+        form = plan.choose(weight, Options(values=values)).format
+        group = [sparse_kernels.ours(weight, form, values or "bf16"), *dense_peers(weight)]
+        measure_kernels(group, torch.randn(batch, k).bfloat16(), 1.0)
+        total["dense"] += layers * fastest(group, sparse_kernels.DENSE)
+        total["ours"] += layers * group[0].seconds
+    return total
+
+
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
+    flag: dict[str, Any] = dict(FLAG)
+    if args.values:
+        flag["hf_overrides"] = {"quantization_config": {"quant_method": "sparse-compiled", "values": args.values}}
     for zeros in args.zeros:
         model = folder / f"llama-{zeros}"
         linear_bytes = save_llama(model, demo_config(args.layers), zeros)
@@ -38,7 +70,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
             job["speed"] = {"tokens": args.tokens, "repeats": args.repeats, "batch": batch}
             results: dict[str, list[dict[str, Any]]] = {"vLLM bf16": [], "sparse-compiled": []}
             for _ in range(args.rounds):
-                for name, extra in (("vLLM bf16", {}), ("sparse-compiled", FLAG)):
+                for name, extra in (("vLLM bf16", {}), ("sparse-compiled", flag)):
                     results[name].append(run([{**job, "args": {**engine, **extra}}])[0])
             dense, sparse = (r[0]["tokens"][0] for r in results.values())
             speeds = {name: [v for r in rs for v in r["tokens_per_s_all"]] for name, rs in results.items()}
@@ -53,6 +85,13 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                         "tokens_in_common": sum(a == b for a, b in zip(dense, sparse, strict=True)),
                     }
                 )  # fmt: skip
+            # What the step would take if only the projections changed.
+            kernels = kernel_seconds(args.layers, zeros, batch, args.values)
+            step = batch / rows[-2]["tokens_per_s"]
+            predicted = step / (step - kernels["dense"] + kernels["ours"])
+            for row in rows[-2:]:
+                row |= {"kernels_dense_ms": kernels["dense"] * 1e3, "kernels_ours_ms": kernels["ours"] * 1e3,
+                        "predicted_over_vllm_bf16": predicted}  # fmt: skip
             show(rows[-2:])
     return rows
 
@@ -70,6 +109,14 @@ def show(rows: list[dict[str, Any]]) -> None:
             f"{r['load_s']:.1f}",
         )  # fmt: skip
     console.print(table)
+    step_ms, rest_ms = (1e3 * sparse["batch"] / r["tokens_per_s"] for r in (sparse, dense))
+    predicted = dense["predicted_over_vllm_bf16"]
+    console.print(
+        f"projections alone: {dense['kernels_dense_ms']:.1f} ms dense, {dense['kernels_ours_ms']:.1f} ms ours; "
+        f"of a step {rest_ms:.1f} ms and {step_ms:.1f} ms; predicted speed-up {predicted:.2f}, "
+        f"reached {sparse['over_vllm_bf16'] / predicted:.0%} of it",
+        highlight=False,
+    )
     console.print(
         f"memory saved: {saved:.3f} GB of {possible:.3f} GB possible ({saved / possible:.0%}); "
         f"{sparse['tokens_in_common']} of 24 greedy tokens equal (random weights: ties are common)",
@@ -86,6 +133,7 @@ def main() -> int:
     )
     parser.add_argument("--zeros", nargs="+", type=float, default=[0.7])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--values", choices=("bf16x12", "int8", "int4"), help="of the sparse weights; default bf16")
     parser.add_argument("--layers", type=int, default=12, help="12 layers are 836M parameters")
     parser.add_argument("--tokens", type=int, default=28)
     parser.add_argument("--repeats", type=int, default=3)

@@ -4,7 +4,6 @@
 // steps. Batches: a register is 8 tokens.
 #include <immintrin.h>
 
-#include <cstddef>
 #include <type_traits>
 
 #include "../unstructured/decode_avx2.h"

@@ -5,7 +5,6 @@
 // dot product even where there is one, so that sums are the same everywhere.
 #include <immintrin.h>
 
-#include <cstddef>
 #include <type_traits>
 
 #include "../unstructured/decode_avx512.h"

@@ -39,13 +39,12 @@ struct Block {
   // Reads the block at `stream` and returns where the next one starts.
   inline const uint8_t* read(const uint8_t* stream, const ExponentTable& table, uint16_t* words) {
     header = reinterpret_cast<const BlockHeader*>(stream);
-    uint16_t entries, all_steps;
-    std::memcpy(&entries, stream + offsetof(BlockHeader, entries), 2);
-    std::memcpy(&all_steps, stream + offsetof(BlockHeader, all_steps), 2);
+    const int entries = header->entries;
     active = stream + sizeof(BlockHeader);
-    columns = active + all_steps;
+    columns = active + header->all_steps + header->all_steps % 2;
     const uint8_t* run = columns + entries;
-    const uint8_t* next = run + unstructured::run_bytes(Simd::kValues, entries);
+    const int64_t bytes = unstructured::run_bytes(Simd::kValues, entries);
+    const uint8_t* next = run + bytes + bytes % 2;
     ahead = next;
     if constexpr (Simd::Decoder::template plain<Simd::kValues>()) {
       values = reinterpret_cast<const Stored*>(run);

@@ -6,6 +6,7 @@
 //     active        steps bytes: how many rows of the slice still have entries at this step
 //     columns       entries bytes, 0..127
 //     one run       of as many values (unstructured/values.h)
+//   `active` and the run are padded to an even number of bytes: 16-bit values stand at even addresses.
 //
 // In a block the rows are sorted by their number of entries, most first, and cut into 4 slices of
 // 16. A step of a slice holds two entries of each of its active rows, which are the first ones: row

@@ -59,9 +59,11 @@ int64_t write_strip(const unstructured::Canonical& weight, const int64_t* row_st
     header.all_steps = static_cast<uint16_t>(active.size());
     const auto* bytes = reinterpret_cast<const uint8_t*>(&header);
     out->insert(out->end(), bytes, bytes + sizeof(header));
+    active.resize(active.size() + active.size() % 2);
     out->insert(out->end(), active.begin(), active.end());
     out->insert(out->end(), columns.begin(), columns.begin() + entries);
     encoding.append(words.data(), entries, out);
+    out->resize(out->size() + out->size() % 2);
     stored += entries;
   }
   return stored;

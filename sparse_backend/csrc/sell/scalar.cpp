@@ -1,6 +1,5 @@
 // Portable kernels: any processor, and the naive form of what the SIMD files do.
 #include <cmath>
-#include <cstddef>
 #include <type_traits>
 
 #include "../unstructured/decode_scalar.h"

@@ -1,0 +1,173 @@
+"""The contest of `kernels.py --format sparse`: unstructured zeros, every kind of values, many peers."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+import machine
+import torch
+from contest import Call, Contender, console, copies, dense_peers, fastest, measure
+from rich.table import Table
+from shapes import SHAPES
+
+import sparse_backend as sb
+from sparse_backend.kernels import registry
+
+# (format, values) of ours.
+OURS = tuple((form, values) for form in ("bitmask", "sell") for values in ("bf16", "bf16x12", "int8", "int4"))
+DENSE = ("F.linear", "onednn_mm")
+
+
+def ours(weight: torch.Tensor, form: str, values: str) -> Contender:
+    packed = sb.pack(weight, format=form, values=values)
+    machine_form = packed.lower()
+    op, n = registry.kernel(form).function(), weight.shape[0]
+
+    def call() -> Call:
+        buffer = machine.huge(torch.empty_like(machine_form.tensors["packed"]))
+        buffer.copy_(machine_form.tensors["packed"])
+        return lambda x: op(x, buffer, None, n)
+
+    contender = Contender(f"{form} {values}", copies(machine_form.nbytes, call), machine_form.nbytes)
+    if values in ("int8", "int4"):
+        contender.reference = packed.unpack()
+    return contender
+
+
+def quantised_peers(weight: torch.Tensor) -> list[Contender]:
+    """Dense low-bit products of torch and vLLM; those that do not run here are named."""
+    scale = weight.float().abs().amax(1, keepdim=True).clamp_min(1e-9) / 127
+    codes = (weight.float() / scale).round().to(torch.int8)
+    rounded = (codes * scale).bfloat16()
+    n, k = weight.shape
+
+    def torch_int8() -> Call:
+        w, s = codes.clone(), scale.view(-1).bfloat16()
+        return lambda x: torch.ops.aten._weight_int8pack_mm(x, w, s)
+
+    def vllm_int8() -> Call:
+        import vllm._custom_ops as ops
+
+        handle = ops.create_onednn_scaled_mm(codes.t(), scale.view(-1), torch.bfloat16, True, False, 32)
+
+        def call(x: torch.Tensor) -> torch.Tensor:
+            q, s, zero = ops.onednn_scaled_int8_quant(x, None, None, True)
+            return ops.onednn_scaled_mm(handle, q, x.new_empty(x.shape[0], n), s, zero, None, None)
+
+        return call
+
+    group = 128
+    parts = weight.float().view(n, -1, group)
+    scale4 = parts.abs().amax(2).clamp_min(1e-9) / 7
+    codes4 = (parts / scale4[..., None]).round().clamp(-7, 7).view(n, k)
+    rounded4 = (codes4.view(n, -1, group) * scale4[..., None]).view(n, k).bfloat16()
+
+    def torch_int4() -> Call:
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu((codes4 + 8).to(torch.int32), 1)
+        both = torch.stack((scale4, torch.zeros_like(scale4)), dim=2).transpose(0, 1).contiguous().bfloat16()
+        return lambda x: torch.ops.aten._weight_int4pack_mm_for_cpu(x, packed, group, both)
+
+    found = []
+    peers: list[tuple[str, Callable[[], Call], int, torch.Tensor]] = [
+        ("torch int8 weights", torch_int8, n * k, rounded),
+        ("vLLM int8 (onednn)", vllm_int8, n * k, rounded),
+        ("torch int4 weights", torch_int4, n * k // 2 + n * k // group * 4, rounded4),
+    ]
+    for name, make, nbytes, reference in peers:
+        try:
+            make()(torch.zeros(1, k, dtype=torch.bfloat16))
+            contender = Contender(name, copies(nbytes, make), nbytes)
+            contender.reference = reference
+            found.append(contender)
+        except (RuntimeError, NotImplementedError, AttributeError) as error:
+            console.print(f"{name} does not run here: {str(error).splitlines()[0][:90]}", highlight=False)
+    return found
+
+
+def csr_peers(weight: torch.Tensor) -> list[Contender]:
+    """What a library's sparse matrix gives: fp32 values, 32- or 64-bit columns."""
+    import scipy.sparse
+
+    csr = weight.float().to_sparse_csr()
+    nbytes = csr.values().nbytes + csr.col_indices().nbytes + csr.crow_indices().nbytes
+
+    def torch_csr() -> Call:
+        w = csr.clone()
+        return lambda x: (w @ x.float().t()).t().to(x.dtype)
+
+    theirs = scipy.sparse.csr_array(weight.float().numpy())
+    scipy_bytes = theirs.data.nbytes + theirs.indices.nbytes + theirs.indptr.nbytes
+
+    def scipy_csr() -> Call:
+        w = theirs.copy()
+        return lambda x: torch.from_numpy((w @ x.float().t().numpy()).T).to(x.dtype)
+
+    return [
+        Contender("torch.sparse CSR", copies(nbytes, torch_csr), nbytes),
+        Contender("scipy CSR", copies(scipy_bytes, scipy_csr), scipy_bytes),
+    ]
+
+
+def contenders(weight: torch.Tensor, args: argparse.Namespace) -> list[Contender]:
+    chosen = [pair for pair in OURS if not args.ours or " ".join(pair) in args.ours]
+    out = [ours(weight, *pair) for pair in chosen] + dense_peers(weight)
+    return out if args.no_peers else out + quantised_peers(weight) + csr_peers(weight)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    bandwidth = machine.Bandwidth()
+    rows: list[dict[str, Any]] = []
+    for shape_name in args.shapes:
+        n, k = SHAPES[shape_name]
+        for zeros in args.zeros:
+            generator = torch.Generator().manual_seed(0)
+            weight = torch.randn(n, k, generator=generator)
+            weight[torch.rand(n, k, generator=generator) < zeros] = 0
+            weight = weight.bfloat16()
+            group = contenders(weight, args)
+            for batch in args.batch:
+                x = torch.randn(batch, k, generator=generator).bfloat16()
+                exact = x.double() @ weight.double().t()
+                for c in group:
+                    c.problem = ""
+                    c.check(x, exact if c.reference is None else x.double() @ c.reference.double().t())
+                probes = [bandwidth.read_once(args.threads[0])]
+                measure(group, x, args.seconds)
+                probes.append(bandwidth.read_once(args.threads[0]))
+                rows += report(shape_name, weight, zeros, batch, args.threads[0], group, max(probes))
+            del group
+    return rows
+
+
+def report(
+    shape: str, weight: torch.Tensor, zeros: float, batch: int, threads: int, group: list[Contender], gbs: float
+) -> list[dict[str, Any]]:
+    n, k = weight.shape
+    limit = weight.nbytes / gbs / 1e9
+    best_dense = fastest(group, DENSE)
+    table = Table(
+        "", "ms", "GB/s", "bits/weight", "over best dense", "over dense byte limit",
+        title=f"{shape} {n}x{k}, {zeros:.0%} zeros, batch {batch}, {threads} thread(s); memory reads {gbs:.1f} GB/s, "
+        f"dense byte limit {limit * 1e3:.2f} ms", title_justify="left",
+    )  # fmt: skip
+    rows = []
+    for c in group:
+        bits = 8 * c.nbytes / (n * k)
+        if c.problem:
+            table.add_row(c.name, c.problem, "", f"{bits:.2f}", "", "")
+            continue
+        row = {
+            "shape": shape, "n": n, "k": k, "zeros": zeros, "batch": batch, "threads": threads, "kernel": c.name,
+            "ms": c.seconds * 1e3, "gb_per_s": c.nbytes / c.seconds / 1e9, "bits_per_weight": bits,
+            "over_best_dense": best_dense / c.seconds, "over_dense_byte_limit": limit / c.seconds,
+            "read_gb_per_s": gbs, "runs": len(c.times),
+        }  # fmt: skip
+        rows.append(row)
+        table.add_row(
+            c.name, f"{row['ms']:.3f}", f"{row['gb_per_s']:.1f}", f"{bits:.2f}",
+            f"{row['over_best_dense']:.2f}", f"{row['over_dense_byte_limit']:.2f}",
+        )  # fmt: skip
+    console.print(table)
+    return rows
