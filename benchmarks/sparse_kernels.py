@@ -50,9 +50,10 @@ def quantised_peers(weight: torch.Tensor) -> list[Contender]:
     def vllm_int8() -> Call:
         import vllm._custom_ops as ops
 
-        handle = ops.create_onednn_scaled_mm(codes.t(), scale.view(-1), torch.bfloat16, True, False, 32)
+        scales = scale.clone()  # the handle keeps a pointer to it: `call` must keep it alive
+        handle = ops.create_onednn_scaled_mm(codes.t(), scales, torch.bfloat16, True, False, 32)
 
-        def call(x: torch.Tensor) -> torch.Tensor:
+        def call(x: torch.Tensor, _alive: torch.Tensor = scales) -> torch.Tensor:
             q, s, zero = ops.onednn_scaled_int8_quant(x, None, None, True)
             return ops.onednn_scaled_mm(handle, q, x.new_empty(x.shape[0], n), s, zero, None, None)
 
@@ -129,10 +130,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             group = contenders(weight, args)
             for batch in args.batch:
                 x = torch.randn(batch, k, generator=generator).bfloat16()
-                exact = x.double() @ weight.double().t()
+                exact = x.float() @ weight.float().t()
                 for c in group:
                     c.problem = ""
-                    c.check(x, exact if c.reference is None else x.double() @ c.reference.double().t())
+                    c.check(x, exact if c.reference is None else x.float() @ c.reference.float().t())
                 probes = [bandwidth.read_once(args.threads[0])]
                 measure(group, x, args.seconds)
                 probes.append(bandwidth.read_once(args.threads[0]))

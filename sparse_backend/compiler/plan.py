@@ -21,9 +21,9 @@ from ..packed import PackedWeight
 MIN_SAVING = 0.10
 
 # Share of zeros from which work per stored weight (sell) beats work per position (bitmask). Measured
-# with benchmarks/kernels.py on Ice Lake: at 75% they take the same time at batch 1, at 90% sell takes
-# 0.4x, and at batch 8 it is ahead from 75% on.
-SELL_FROM_ZEROS = 0.80
+# with benchmarks/kernels.py on Ice Lake, batch 1: at 50% sell takes 1.5x as long, at 75% 0.6x to 0.8x,
+# at 90% 0.4x. At batch 8 they meet at 75%.
+SELL_FROM_ZEROS = 0.75
 
 
 def _nnz(weight: torch.Tensor) -> int:

@@ -16,7 +16,7 @@ from .unstructured import Unstructured
 
 
 class Bitmask(Unstructured):
-    """Kernels that work per position: for weights with up to about 80% zeros."""
+    """Kernels that work per position: for weights with up to about 75% zeros."""
 
     name = "bitmask"
     group_sizes = (64, 128, 256)

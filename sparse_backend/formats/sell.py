@@ -1,6 +1,6 @@
 """`sell`: sorted row slices, whose kernels work per stored weight and not per position.
 
-Lossless for any zero pattern, and the same canonical form as `bitmask`; pays from about 80%
+Lossless for any zero pattern, and the same canonical form as `bitmask`; pays from about 75%
 zeros. After SELL-C-sigma (Kreutzer et al., 2014), without its padding: see csrc/sell/layout.h.
 Machine form of bf16 values: 20 bits per weight stored and about 1.3 bytes per row and 128 columns.
 """

@@ -60,6 +60,10 @@ def eager(python_lm, python_lm_50, pruned_50):
         "unpruned dense": job(python_lm),
         "unpruned flag": job(python_lm, **FLAG),
         "unpruned forced": job(python_lm, **overrides(format="bitmask")),
+        "coded": job(pruned_50, **overrides(values="bf16x12")),
+        "85% sell": job(python_lm, **overrides(sparsity=0.85)),
+        "85% bitmask": job(python_lm, **overrides(sparsity=0.85, format="bitmask")),
+        "85% int8": job(python_lm, **overrides(sparsity=0.85, values="int8")),
         "fp16": job(pruned_50, dtype="float16"),
         "fp16 flag": job(pruned_50, dtype="float16", **FLAG),
     }
@@ -73,6 +77,23 @@ def summaries(log: str) -> list[str]:
 def test_lossless_run_gives_the_dense_tokens(eager):
     assert_same_tokens(eager["dense"], eager["flag"])
     assert_same_tokens(eager["fp16"], eager["fp16 flag"])
+
+
+def test_every_lossless_format_gives_the_same_tokens(eager):
+    assert_same_tokens(eager["dense"], eager["coded"])
+    assert_same_tokens(eager["85% bitmask"], eager["85% sell"])
+
+
+def test_integer_values_are_said_to_round(eager):
+    lines = summaries(eager["dense"]["log"])
+    assert (
+        "42 projections pruned and rounded as asked ('sparsity', 'values'): not the checkpoint's function any more"
+        in lines
+    )
+    (sell, rounded) = [line for line in lines if line.startswith("sell: 24 projections")]
+    sizes = [float(re.search(r"-> ([\d.]+) MB", line)[1]) for line in (sell, rounded)]
+    assert sizes[1] < sizes[0]
+    assert [len(tokens) for tokens in eager["85% int8"]["tokens"]] == [40] * len(PROMPTS)
 
 
 def test_compiled_checkpoint_equals_conversion_at_load(eager):

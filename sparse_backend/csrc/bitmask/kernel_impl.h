@@ -112,6 +112,7 @@ class Totals {
   }
 
   Accumulator* accumulators() const { return accumulators_; }
+  auto* sums() const { return static_cast<typename Simd::Sum*>(memory_.sums()); }
 
   // To be called after every `step` chunks that end with chunk number `done`.
   inline void flush(int64_t done) {
@@ -145,7 +146,6 @@ class Totals {
 
  private:
   static constexpr bool kInteger = unstructured::is_integer(Simd::kValues);
-  auto* sums() const { return static_cast<typename Simd::Sum*>(memory_.sums()); }
   const UnitArgs& args_;
   Accumulator* accumulators_;
   Memory<Simd> memory_;
@@ -252,17 +252,35 @@ const uint8_t* decode_panel(const uint8_t* stream, int64_t chunks, const Exponen
   return stream;
 }
 
-// One panel of decoded weights times kTokens tokens, continuing the accumulators in `acc`
-// ([token][row] vectors).
-template <class Simd, int kTokens>
+// Where a tile of the batched kernel begins and ends. Its accumulators go on in memory ...
+template <class Simd>
+struct GoOn {
+  typename Simd::Accumulator* saved;  // [token][row of the unit], from the panel's first row on
+  auto begin(int t, int r) const { return saved[t * kUnitRows + r]; }
+  void end(int t, int r, typename Simd::Accumulator acc) const { saved[t * kUnitRows + r] = acc; }
+};
+
+// ... or, where the tile is a group of scales, are added to the sums at once.
+template <class Simd>
+struct AddGroup {
+  typename Simd::Sum* sums;
+  const float* scales;  // of the panel's rows
+  auto begin(int, int) const { return Simd::zero(); }
+  void end(int t, int r, typename Simd::Accumulator acc) const {
+    sums[t * kUnitRows + r] = Simd::add_scaled(sums[t * kUnitRows + r], acc, scales[r]);
+  }
+};
+
+// One panel of decoded weights times kTokens tokens.
+template <class Simd, int kTokens, class Finish>
 void gemm_tile(const typename Simd::Element* weights, const uint8_t* x, int64_t x_stride, int64_t steps,
-               typename Simd::Accumulator* saved) {
+               const Finish& finish) {
   using Element = typename Simd::Element;
   typename Simd::Accumulator acc[kPanelRows][kTokens];
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kPanelRows; ++r) acc[r][t] = saved[t * kUnitRows + r];
+    for (int r = 0; r < kPanelRows; ++r) acc[r][t] = finish.begin(t, r);
   }
   for (int64_t s = 0; s < steps; ++s) {
     typename Simd::Operand xv[kTokens];
@@ -280,16 +298,16 @@ void gemm_tile(const typename Simd::Element* weights, const uint8_t* x, int64_t 
 #pragma GCC unroll 8
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
-    for (int r = 0; r < kPanelRows; ++r) saved[t * kUnitRows + r] = acc[r][t];
+    for (int r = 0; r < kPanelRows; ++r) finish.end(t, r, acc[r][t]);
   }
 }
 
 // gemm_tile with `tokens`, at most kTokens, as the template argument.
-template <class Simd, int kTokens>
+template <class Simd, int kTokens, class Finish>
 void gemm_tokens(int tokens, const typename Simd::Element* weights, const uint8_t* x, int64_t x_stride,
-                 int64_t steps, typename Simd::Accumulator* saved) {
-  if (tokens == kTokens) return gemm_tile<Simd, kTokens>(weights, x, x_stride, steps, saved);
-  if constexpr (kTokens > 1) gemm_tokens<Simd, kTokens - 1>(tokens, weights, x, x_stride, steps, saved);
+                 int64_t steps, const Finish& finish) {
+  if (tokens == kTokens) return gemm_tile<Simd, kTokens>(weights, x, x_stride, steps, finish);
+  if constexpr (kTokens > 1) gemm_tokens<Simd, kTokens - 1>(tokens, weights, x, x_stride, steps, finish);
 }
 
 template <class Simd>
@@ -302,10 +320,9 @@ void gemm(const UnitArgs& args) {
   const uint8_t* stream[kUnitPanels];
   for (int panel = 0; panel < args.panels; ++panel) stream[panel] = args.panel[panel];
 
-  // Steps end where groups of scales end.
-  constexpr int64_t kStepChunks = kGemmColumns / kChunk;
-  const bool small_groups = args.group_chunks > 0 && args.group_chunks < kStepChunks;
-  const int64_t step_chunks = small_groups ? args.group_chunks : kStepChunks;
+  // A step is a group of scales, or as many columns as there is room for.
+  const bool groups = args.group_chunks > 0;
+  const int64_t step_chunks = groups ? args.group_chunks : kGemmColumns / kChunk;
   for (int64_t c = 0; c < args.chunks; c += step_chunks) {
     const int64_t chunks = args.chunks - c < step_chunks ? args.chunks - c : step_chunks;
     const int64_t steps = chunks * kChunk / Simd::kElements;
@@ -318,11 +335,22 @@ void gemm(const UnitArgs& args) {
       const int tokens = args.tokens - t < Simd::kGemmTile ? args.tokens - t : Simd::kGemmTile;
       for (int panel = 0; panel < args.panels; ++panel) {
         const Element* weights = decoded + panel * kPanelRows * kGemmColumns;
-        auto* acc = totals.accumulators() + t * kUnitRows + panel * kPanelRows;
-        gemm_tokens<Simd, Simd::kGemmTile>(tokens, weights, x + t * args.x_stride, args.x_stride, steps, acc);
+        const int64_t at = t * kUnitRows + panel * kPanelRows;
+        const uint8_t* xt = x + t * args.x_stride;
+        if constexpr (unstructured::is_integer(Simd::kValues)) {
+          if (groups) {
+            const float* scales =
+                args.scales + c / args.group_chunks * args.scale_stride + panel * kPanelRows;
+            const AddGroup<Simd> finish{totals.sums() + at, scales};
+            gemm_tokens<Simd, Simd::kGemmTile>(tokens, weights, xt, args.x_stride, steps, finish);
+            continue;
+          }
+        }
+        const GoOn<Simd> finish{totals.accumulators() + at};
+        gemm_tokens<Simd, Simd::kGemmTile>(tokens, weights, xt, args.x_stride, steps, finish);
       }
     }
-    totals.flush(c + chunks);
+    if (!groups) totals.flush(c + chunks);
   }
   totals.write();
 }

@@ -17,7 +17,7 @@ constexpr int kUnitRows = 16;
 // Tokens per call for larger batches. A multiple of every kernel's register tile, so that only the
 // last call of a large batch has a remainder.
 constexpr int kGemmTokens = 96;
-// Columns decoded at a time by the batched kernel.
+// Columns decoded at a time by the batched kernel; no group of scales is larger.
 constexpr int kGemmColumns = 256;
 // Integer sums are moved into floats at the latest after so many columns, before they overflow:
 // eight lanes of 512 products of at most 127 * 32767.

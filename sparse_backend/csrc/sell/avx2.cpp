@@ -158,7 +158,7 @@ float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
 
 template <Values kKind>
 constexpr Kernels make() {
-  return {"avx2", gemv<kKind>, [](DType) { return true; }, 4, prepare<kKind>, batch<Avx2<kKind>>, 8};
+  return {"avx2", gemv<kKind>, 1, [](DType) { return true; }, 4, prepare<kKind>, batch<Avx2<kKind>>, 8};
 }
 
 }  // namespace

@@ -162,7 +162,7 @@ bool gemv_takes(DType x_type) {
 
 template <Values kKind>
 constexpr Kernels make() {
-  return {"avx512", gemv<kKind>, gemv_takes<kKind>, 2, prepare<kKind>, batch<Avx512<kKind>>, 16};
+  return {"avx512", gemv<kKind>, 4, gemv_takes<kKind>, 2, prepare<kKind>, batch<Avx512<kKind>>, 16};
 }
 
 }  // namespace

@@ -42,6 +42,7 @@ struct Kernels {
   const char* name;
   // One token. nullptr, or not for this type of activations: `batch` does it.
   void (*gemv)(const UnitArgs& args);
+  int gemv_tokens;  // so many tokens are faster one by one than with `batch`
   bool (*gemv_takes)(DType x_type);
   int64_t gemv_element_bytes;  // of prepared activations
   // Converts a row of `k` activations for gemv, zero-padded to a multiple of kBlockColumns; there is

@@ -70,27 +70,30 @@ void prepare_batch(const Call& c, int64_t token, int tokens, int stride, uint8_t
   });
 }
 
-// Tokens [token, token + tokens); gemv for one of them, else the batched kernel.
+// Tokens [token, token + tokens), one by one with gemv or together with the batched kernel.
 void run(const Call& c, int64_t token, int tokens, bool gemv) {
   const unstructured::Header& h = c.weight.header;
   const int64_t k = h.in_features, n = h.out_features, padded = c.blocks() * kBlockColumns;
   const int stride = gemv ? 1 : token_stride(tokens, c.kernels.lanes);
   thread_local Scratch prepared_memory;
-  const int64_t x_bytes =
-      gemv ? (padded + kBlockColumns) * c.kernels.gemv_element_bytes : padded * int64_t{4} * stride;
+  const int64_t token_bytes = (padded + kBlockColumns) * c.kernels.gemv_element_bytes;  // for gemv
+  const int64_t x_bytes = gemv ? tokens * token_bytes : padded * int64_t{4} * stride;
   uint8_t* prepared = prepared_memory.reserve(x_bytes + int64_t{kBatchTokens} * 4);
   float* x_scales = reinterpret_cast<float*>(prepared + x_bytes);
   if (gemv) {
-    const uint8_t* x =
-        static_cast<const uint8_t*>(c.args.x) + token * k * unstructured::element_bytes(c.args.x_type);
-    x_scales[0] = c.kernels.prepare(x, c.args.x_type, k, unstructured::activation_limit(h), prepared);
+    const int64_t row_bytes = k * unstructured::element_bytes(c.args.x_type);
+    const uint8_t* x = static_cast<const uint8_t*>(c.args.x) + token * row_bytes;
+    for (int t = 0; t < tokens; ++t) {
+      x_scales[t] = c.kernels.prepare(x + t * row_bytes, c.args.x_type, k, unstructured::activation_limit(h),
+                                      prepared + t * token_bytes);
+    }
   } else {
     prepare_batch(c, token, tokens, stride, prepared, x_scales);
   }
 
   // Small matrices stay on this thread: waking the pool costs microseconds. Large ones are cut into
   // at least eight pieces per thread, as some cores may be half as fast as others.
-  const int64_t work = h.stored * stride;
+  const int64_t work = h.stored * (gemv ? tokens : stride);
   const int64_t pieces = work < 131072 ? 1 : 8 * int64_t{c.pool.threads};
   int64_t strips = h.parts / pieces;
   strips = strips < 1 ? 1 : strips > kUnitStrips ? kUnitStrips : strips;
@@ -113,11 +116,22 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
       unit.strips = static_cast<int>(h.parts - first < strips ? h.parts - first : strips);
       unit.scales = c.weight.scales + first_row;
       for (int s = 0; s < unit.strips; ++s) unit.strip[s] = c.weight.stream + c.weight.offsets[first + s];
-      (gemv ? c.kernels.gemv : c.kernels.batch)(unit);
-      const int64_t rows = unit.strips * int64_t{kStripRows};
-      unstructured::store_results(c.weight, c.args, x_scales, token, tokens, first_row,
-                                  n - first_row < rows ? n - first_row : rows,
-                                  [&](int t, int64_t r) { return unit.out[r * stride + t]; });
+      int64_t rows = unit.strips * int64_t{kStripRows};
+      if (n - first_row < rows) rows = n - first_row;
+      const auto store = [&](int first_token, int count) {
+        unstructured::store_results(c.weight, c.args, x_scales + first_token, token + first_token, count,
+                                    first_row, rows,
+                                    [&](int t, int64_t r) { return unit.out[r * stride + t]; });
+      };
+      if (!gemv) {
+        c.kernels.batch(unit);
+        store(0, tokens);
+      }
+      for (int t = 0; gemv && t < tokens; ++t) {  // from the second token on the unit comes from the L2 cache
+        unit.x = prepared + t * token_bytes;
+        c.kernels.gemv(unit);
+        store(t, 1);
+      }
     }
   });
 }
@@ -136,7 +150,8 @@ void linear_with(const Kernels& kernels, const unstructured::View& w, const unst
   const bool gemv = call.kernels.gemv != nullptr && call.kernels.gemv_takes(args.x_type);
   for (int64_t token = 0; token < args.tokens; token += kBatchTokens) {
     const int64_t left = args.tokens - token;
-    run(call, token, static_cast<int>(left < kBatchTokens ? left : kBatchTokens), gemv && left == 1);
+    const int tokens = static_cast<int>(left < kBatchTokens ? left : kBatchTokens);
+    run(call, token, tokens, gemv && tokens <= kernels.gemv_tokens);
   }
 }
 

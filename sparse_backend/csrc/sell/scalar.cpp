@@ -45,6 +45,7 @@ template <Values kKind>
 constexpr Kernels make() {
   return {"scalar",
           nullptr,
+          0,
           [](DType) { return false; },
           0,
           nullptr,
