@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import machine
-import pictures
 import sparse_kernels
 import ternary_kernels
 import torch
@@ -122,6 +121,9 @@ def main() -> int:
     if args.save and rows:
         data = {"date": datetime.date.today().isoformat(), "machine": about, "call_us": small, "packing_s": speed}
         machine.save_results(args.save, rows, data)
+        # Not at the top: transformers takes this file for the package `kernels`, and imports it.
+        import pictures
+
         for path in pictures.of_kernels(args.save, rows, about["cpu"]):
             console.print(f"wrote {path.name}")
     return 0

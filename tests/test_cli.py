@@ -48,7 +48,7 @@ def test_compile_then_inspect(tmp_path):
         (["compile", PYTHON_LM, "{tmp}", "--sparsity", "0.5"], "exists already"),
         (["compile", PYTHON_LM, "{tmp}/o"], "nothing to pack"),
         (["compile", PYTHON_LM, "{tmp}/o", "--sparsity", "1.5"], "0 <= s < 1"),
-        (["compile", PYTHON_LM, "{tmp}/o", "--format", "sell"], "allowed: auto, dense, bitmask"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--format", "nm"], "allowed: auto, dense, bitmask"),
         (["compile", PYTHON_LM, "{tmp}/o", "--rule", "{"], "is not JSON"),
         (["compile", "{tmp}/none", "{tmp}/o"], "no such folder"),
         (["inspect", "{tmp}"], "no config.json"),

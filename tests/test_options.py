@@ -9,10 +9,10 @@ from sparse_backend import OptionError, Options
     ("values", "message"),
     [
         ({"fromat": "auto"}, "unknown option 'fromat'; did you mean 'format'"),
-        ({"format": "nm"}, "'format' = 'nm' is not available; allowed: auto, dense, bitmask, ternary, int8"),
+        ({"format": "nm"}, "'format' = 'nm' is not available; allowed: auto, dense, bitmask, sell, ternary, int8"),
         ({"format": ["auto"]}, "'format'"),
         ({"rules": [{"match": "a*", "format": "dense", "sparsity": 0.5}]}, "match 'a[*]': options"),
-        ({"values": "int8"}, "allowed: null, bf16, fp16"),
+        ({"values": "fp8"}, "allowed: null, bf16, fp16, bf16x12, int8, int4"),
         ({"bits": 3}, "option 'bits' = 3 is not available; allowed: null, 2, 1.6"),
         ({"bits": 2, "format": "bitmask"}, "'bits' and 'format' contradict"),
         ({"bits": True}, "'bits'"),
@@ -34,7 +34,7 @@ from sparse_backend import OptionError, Options
         ({"rules": [{"format": "dense"}]}, "'match' pattern"),
         ({"rules": [{"match": "*", "formt": "dense"}]}, "did you mean 'format'"),
         ({"rules": [{"match": "*", "ignore": []}]}, "cannot be set per module"),
-        ({"rules": [{"match": "*", "values": "int4"}]}, "allowed: null, bf16, fp16"),
+        ({"rules": [{"match": "*", "values": "fp8"}]}, "allowed: null, bf16, fp16"),
     ],
 )
 def test_bad_options_name_the_key_and_what_is_allowed(values, message):
