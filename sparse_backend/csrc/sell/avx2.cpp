@@ -1,5 +1,5 @@
 // AVX2. One token: eight rows at a time, their activations loaded one by one from L1. Cycles per
-// entry of one token at 90% zeros on Ice Lake, losers in brackets: 1.4 as it stands; [4.0] vgatherdps,
+// entry of one token at 90% zeros on Ice Lake, losers in brackets: about 2 as it stands; [4.0] vgatherdps,
 // which microcode against Downfall has slowed; [2.8] one entry at a time, mispredicting the lengths of
 // steps. Batches: a register is 8 tokens.
 #include <immintrin.h>

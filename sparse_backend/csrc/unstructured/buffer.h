@@ -3,7 +3,7 @@
 //   Header            128 bytes
 //   offsets           (parts + 1) x uint64, bytes from the start of the stream; a part is what the
 //                     format's stream is cut into (a panel of rows, a strip of rows)
-//   scales            integer values: N x groups floats
+//   scales            integer values: groups x N floats
 //   escapes           kBf16x12: (N + 1) x uint32 first escape of each row, then the escapes
 //   stream            the format's own; its layout.h says how
 //   (kTailPadding bytes of zeros, so that decoders may read past the last run)
