@@ -244,6 +244,36 @@ def serve(
     serving.run(command, environment)
 
 
+@app.command()
+@_clean_errors
+def patch(
+    engine: Annotated[str, typer.Argument(help="Engine to patch: sglang.", show_default=False)],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would change; write nothing.")] = False,
+    reverse: Annotated[bool, typer.Option("--reverse", help="Take the patch out again.")] = False,
+    site_packages: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder the engine is installed in. Default: this environment's."),
+    ] = None,
+) -> None:
+    """Make an older SGLang (0.5.2 to 0.5.10) load plugins, as 0.5.11 and later do by themselves.
+
+    Changes the installed files only if every one of them is its wheel's own; --reverse gives the
+    same bytes back. Do that before you upgrade or uninstall SGLang.
+
+    Example: sparse-backend patch sglang --dry-run --site-packages ./venv/lib/python3.11/site-packages
+    """
+    from . import patching
+
+    report = patching.patch_engine(engine, reverse, dry_run, site_packages)
+    typer.echo(f"{engine} {report.version} in {report.folder}")
+    for change in report.changes:
+        typer.echo(f"  {'would ' if dry_run else ''}{change.verb} {change.name}")
+    if not report.changes:
+        typer.echo("not patched: nothing to do" if reverse else "already patched: nothing to do")
+    elif not dry_run:
+        typer.echo("patch taken out" if reverse else f"patched: {report.patch.gives}")
+
+
 def main() -> None:
     """Entry point of the console script."""
     app()

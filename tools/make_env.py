@@ -94,7 +94,7 @@ def install_vllm(env: Environment) -> None:
 def sources_digest() -> str:
     """Changes whenever the package or what it needs changes."""
     files = [ROOT / "pyproject.toml", ROOT / "CMakeLists.txt", Path(__file__), ROOT / "tools" / "torchvision_ops.py"]
-    files += sorted(p for p in (ROOT / "sparse_backend").rglob("*") if p.suffix in {".py", ".cpp", ".h"})
+    files += sorted(p for p in (ROOT / "sparse_backend").rglob("*") if p.suffix in {".py", ".cpp", ".h", ".diff"})
     digest = hashlib.sha256()
     for path in files:
         digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())

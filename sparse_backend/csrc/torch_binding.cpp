@@ -1,11 +1,5 @@
-// The only file that sees torch, and only its stable ABI: one build serves every torch from
-// 2.10. Checks arguments, allocates outputs, hands plain pointers to the kernels.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
+// The ops of packed weights (see torch_common.h): checks arguments, allocates outputs, hands plain
+// pointers to the kernels.
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -18,35 +12,9 @@
 #include "lowbit/pack.h"
 #include "sell/linear.h"
 #include "sell/pack.h"
+#include "torch_common.h"
 
 namespace {
-
-using sparse_backend::DType;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-sparse_backend::ThreadPool torch_pool() {
-  const auto run = [](int64_t count, void (*task)(int64_t, void*), void* context) {
-    torch::stable::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) task(i, context);
-    });
-  };
-  return {static_cast<int>(torch::stable::get_num_threads()), run};
-}
-
-DType dtype_of(const Tensor& t, const char* what) {
-  switch (t.scalar_type()) {
-    case ScalarType::BFloat16:
-      return DType::kBf16;
-    case ScalarType::Half:
-      return DType::kFp16;
-    case ScalarType::Float:
-      return DType::kFp32;
-    default:
-      STD_TORCH_CHECK(false, what, " must be bfloat16, float16 or float32");
-  }
-  return DType::kFp32;
-}
 
 void check_bytes(const Tensor& t, int64_t dim, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.dim() == dim && t.is_contiguous(), what,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from sglang.srt.layers.linear import LinearBase, RowParallelLinear
+from sglang.srt.layers.linear import LinearBase, RowParallelLinear, get_group_rank_size
 from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
@@ -95,8 +95,17 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.kernel = self.config.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             super().process_weights_after_loading(layer)
-        elif self.kernel.int8_activations and isinstance(layer, RowParallelLinear) and layer.tp_size > 1:
+        elif (
+            self.kernel.int8_activations
+            and isinstance(layer, RowParallelLinear)
+            and get_group_rank_size(layer.tp_group)[1] > 1
+        ):
             raise OptionError(f"{self.prefix}: int8 activations are not available under tensor parallelism on SGLang")
+
+    @property
+    def stays_dense(self) -> bool:
+        """Whether the platform may run this layer as any dense one."""
+        return self.done and self.kernel is None
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.kernel is not None:

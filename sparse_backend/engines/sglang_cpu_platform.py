@@ -1,11 +1,13 @@
-"""SGLang on any x86-64 CPU: no `sgl_kernel`, no Triton, torch-native paths only.
+"""SGLang on any x86-64 CPU: no `sgl_kernel`, no Triton.
 
 Written against sglang 0.5.23. In-tree CPU mode needs the AMX build of sgl_kernel, which is on
-no package index; SGLang's out-of-tree platform API lets the core take its torch-native paths.
+no package index; SGLang's out-of-tree platform API lets the core take its torch-native paths, and
+sglang_cpu_layers.py replaces the slow ones. This file is imported before SGLang's layers can be.
 """
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import psutil
@@ -13,25 +15,40 @@ import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
+NAME = "sparse_cpu"
+
 
 class SparseCpuPlatform(SRTPlatform):  # type: ignore[misc]
     """Selected with SGLANG_PLATFORM=sparse_cpu, or by itself without a GPU and an AMX build."""
 
     _enum = PlatformEnum.OOT
-    device_name = "sparse_cpu"
+    device_name = NAME
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         server_args.device = "cpu"
         server_args.disable_overlap_schedule = True
         if server_args.attention_backend is None:
-            server_args.attention_backend = "torch_native"
+            server_args.attention_backend = NAME
         if server_args.sampling_backend is None:
             server_args.sampling_backend = "pytorch"
         server_args.disable_cuda_graph = True
 
+    def init_backend(self) -> None:
+        from . import sglang_cpu_layers
+
+        sglang_cpu_layers.register()
+
+    def post_load_model(self, model: torch.nn.Module) -> None:
+        from . import sglang_cpu_layers
+
+        sglang_cpu_layers.use_dense_op(model)
+
+    def get_dispatch_key_name(self) -> str:
+        return NAME
+
     def get_default_attention_backend(self) -> str:
-        return "torch_native"
+        return NAME
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
         return int(psutil.virtual_memory().total)
@@ -46,8 +63,8 @@ class SparseCpuPlatform(SRTPlatform):  # type: ignore[misc]
     def is_pin_memory_available(self, device: Any = None) -> bool:
         return False
 
-    def get_device(self, device_id: int = 0) -> torch.device:
-        return torch.device("cpu")
+    def get_device(self, device_id: int = 0) -> str:
+        return "cpu"
 
     def set_device(self, device: torch.device) -> None:
         return

@@ -14,6 +14,7 @@ import torch
 
 from .. import envs
 from ..errors import IsaError, WeightError
+from . import layers
 
 ISA_LEVELS = ("scalar", "avx2", "avx512")
 _FEATURES = ("avx2", "avx512", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
@@ -46,6 +47,7 @@ def library() -> ctypes.CDLL:
     if forced is not None:  # first: a failed call must leave nothing that a second one trips over
         _set_level(lib, forced, f"{envs.ISA_VARIABLE}={forced}")
     _register_fakes()
+    layers.register_fakes()
     return lib
 
 

@@ -1,0 +1,12 @@
+// AVX2, FMA, F16C.
+#include "kernel_impl.h"
+#include "vectors_avx2.h"
+
+namespace sparse_backend::layers {
+
+const Kernels& avx2_kernels() {
+  static const Kernels kernels = make_kernels<Avx2Vector>("avx2");
+  return kernels;
+}
+
+}  // namespace sparse_backend::layers

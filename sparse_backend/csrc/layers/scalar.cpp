@@ -1,0 +1,12 @@
+// The baseline processor.
+#include "kernel_impl.h"
+#include "vectors.h"
+
+namespace sparse_backend::layers {
+
+const Kernels& scalar_kernels() {
+  static const Kernels kernels = make_kernels<ScalarVector>("scalar");
+  return kernels;
+}
+
+}  // namespace sparse_backend::layers

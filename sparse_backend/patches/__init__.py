@@ -1,0 +1,1 @@
+"""Diffs for engine versions that lack a hook; patching.py has the table, patches/README.md says when each can go."""
