@@ -175,20 +175,16 @@ void rotate(Tensor x, const Tensor& positions, const Tensor& cos_sin, int64_t he
   rotary_embedding(a, torch_pool());
 }
 
-template <Gate kGate>
-Tensor gated(const Tensor& x) {
+Tensor silu_and_mul_op(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) % 2 == 0, "the last dimension of x must be even");
   const int64_t size = x.size(x.dim() - 1) / 2;
   const Tensor input = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(x, shape_of(x, size));
   if (out.numel() > 0)
-    gate_and_mul(input.const_data_ptr(), dtype_of(x, "x"), out.numel() / size, size, kGate,
+    silu_and_mul(input.const_data_ptr(), dtype_of(x, "x"), out.numel() / size, size,
                  out.mutable_data_ptr(), torch_pool());
   return out;
 }
-
-constexpr auto silu_and_mul = gated<Gate::kSilu>;
-constexpr auto relu2_and_mul = gated<Gate::kRelu2>;
 
 }  // namespace
 
@@ -204,7 +200,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_backend, m) {
       "(Tensor y, Tensor sum)");
   m.def("rotary_embedding_(Tensor(a!) x, Tensor positions, Tensor cos_sin, int head_dim, bool halves) -> ()");
   m.def("silu_and_mul(Tensor x) -> Tensor");
-  m.def("relu2_and_mul(Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_backend, CPU, m) {
@@ -213,6 +208,5 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_backend, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm_op));
   m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   m.impl("rotary_embedding_", TORCH_BOX(&rotate));
-  m.impl("silu_and_mul", TORCH_BOX(silu_and_mul));
-  m.impl("relu2_and_mul", TORCH_BOX(relu2_and_mul));
+  m.impl("silu_and_mul", TORCH_BOX(&silu_and_mul_op));
 }

@@ -19,14 +19,28 @@ def activate_cpu_platform() -> str | None:
     SGLang calls this when SGLANG_PLATFORM names the platform, and at every start without that
     variable: then it must not take over from a GPU or from SGLang's own AMX build.
     """
-    import importlib.util
     import os
 
     import torch
 
     chosen = os.environ.get("SGLANG_PLATFORM") == "sparse_cpu"
-    has_gpu = torch.cuda.is_available()
-    has_amx_build = importlib.util.find_spec("sgl_kernel") is not None
-    if not chosen and (has_gpu or has_amx_build or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1"):
+    if not chosen and (torch.cuda.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or _has_amx_build()):
         return None
     return "sparse_backend.engines.sglang_cpu_platform.SparseCpuPlatform"
+
+
+def _has_amx_build() -> bool:
+    """Whether this machine has AMX and an sgl_kernel for it: the one on package indexes is for GPUs."""
+    import importlib
+
+    import torch
+
+    from ..kernels import cpu
+
+    if not cpu.features()["amx_bf16"]:
+        return False
+    try:
+        importlib.import_module("sgl_kernel")
+    except Exception:  # the GPU build fails in many ways where there is no GPU
+        return False
+    return hasattr(torch.ops.sgl_kernel, "weight_packed_linear")

@@ -16,19 +16,24 @@ import torch
 from sglang.srt.layers.linear import LinearBase, RowParallelLinear, get_group_rank_size
 from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
-from sglang.srt.layers.quantization.unquant import UnquantizedLinearMethod
+from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import add_quantization_method_choices
 
 from ..compiler.bitnet import BitNet
 from ..errors import OptionError
 from ..options import QUANT_METHOD, Options
 from . import common, layers
+from .sglang_cpu_platform import register_hooks
 
 logger = logging.getLogger(__name__)
 
 # SGLang models name their merged projections alike but do not all declare them.
 _MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
+BITNET_ARCHITECTURE = "BitNetForCausalLM"
+_REGISTRY = "sglang.srt.models.registry._ModelRegistry"
 _LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
 
 
@@ -47,8 +52,6 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         own = {k: v for k, v in config.items() if k not in ("packed_modules_mapping", "hf_config")}
         result = cls(cls.options_of(own))
         result.loading.claimed = cls.is_bitnet(own)
-        if result.options.lm_head != "keep":
-            raise OptionError("option 'lm_head' is not available on SGLang yet; allowed: keep")
         result.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
         return result
 
@@ -109,9 +112,53 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         if self.kernel is not None:
-            return self.kernel(layer, x, bias)
+            absmax = None
+            if self.kernel.int8_activations and isinstance(layer, RowParallelLinear):
+                absmax = _absmax_of_all_ranks(layer, x)
+            return self.kernel(layer, x, bias, absmax)
         y: torch.Tensor = super().apply(layer, x, bias)
         return y
+
+
+def _absmax_of_all_ranks(layer: RowParallelLinear, x: torch.Tensor) -> torch.Tensor | None:
+    """The largest magnitude of each token, of which each rank sees a part; None without other ranks."""
+    if get_group_rank_size(layer.tp_group)[1] == 1:
+        return None
+    absmax = x.abs().amax(dim=-1).float().flatten()
+    group = get_parallel().tp_group.device_group
+    torch.distributed.all_reduce(absmax, op=torch.distributed.ReduceOp.MAX, group=group)
+    return absmax
+
+
+class SparseCompiledHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
+    """The output head under option `lm_head`; as an embedding, where it is tied, it stays what it was."""
+
+    def __init__(self, loading: common.Loading, head: torch.nn.Module, format: str, tied: bool) -> None:
+        super().__init__()
+        # A module for the packed tensors: SGLang wants to find `weight` in its own.
+        self.packed = torch.nn.Module()
+        self.packed.weight = torch.nn.Parameter(cast(torch.Tensor, head.weight).data, requires_grad=False)
+        self.kernel = loading.convert_head(self.packed, "lm_head", format)
+        if not tied:
+            head.weight = torch.nn.Parameter(cast(torch.Tensor, head.weight).data[:0].clone(), requires_grad=False)
+
+    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits [..., vocabulary of this rank]."""
+        if self.kernel is None:
+            raise RuntimeError("lm_head: left dense although it was asked for")
+        return self.kernel(self.packed, x, bias)
+
+
+def _convert_head(model: torch.nn.Module, config: SparseCompiledConfig) -> None:
+    """Round the output head if the options ask for it."""
+    if config.options.lm_head == "keep" or config.options.for_module("lm_head") is None:
+        return
+    head = getattr(model, "lm_head", None)
+    if not isinstance(head, VocabParallelEmbedding):
+        raise OptionError(f"option 'lm_head': {type(model).__name__} has no output head; drop the option")
+    embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m is not head]
+    tied = not isinstance(head, ParallelLMHead) or any(m.weight is head.weight for m in embeddings)
+    head.quant_method = SparseCompiledHeadMethod(config.loading, head, config.options.lm_head, tied)
 
 
 def _config_of(model: torch.nn.Module) -> SparseCompiledConfig | None:
@@ -147,8 +194,18 @@ def _load_model(original: Callable[..., torch.nn.Module], *args: Any, **kwargs: 
     model = original(*args, **kwargs)
     config = _config_of(model)
     if config is not None:
+        _convert_head(model, config)
         config.loading.finish(config.options, lambda line: logger.info("%s: %s", QUANT_METHOD, line))
     return model
+
+
+def _resolve_model(original: Callable[..., Any], registry: Any, architectures: Any) -> Any:
+    """Around the model registry: the architecture that SGLang lacks, imported when it is asked for."""
+    if BITNET_ARCHITECTURE in ([architectures] if isinstance(architectures, str) else architectures or []):
+        from .sglang_bitnet import BitNetForCausalLM
+
+        registry.models.setdefault(BITNET_ARCHITECTURE, BitNetForCausalLM)
+    return original(registry, architectures)
 
 
 def register() -> None:
@@ -161,3 +218,5 @@ def register() -> None:
     CPU_QUANTIZATION_METHODS[QUANT_METHOD] = SparseCompiledConfig
     HookRegistry.register(f"{_LOADER}._get_all_weights", _all_weights, HookType.AROUND)
     HookRegistry.register(f"{_LOADER}.load_model", _load_model, HookType.AROUND)
+    HookRegistry.register(f"{_REGISTRY}.resolve_model_cls", _resolve_model, HookType.AROUND)
+    register_hooks()

@@ -6,6 +6,8 @@ their input), SGLang's own code runs as before.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -21,15 +23,22 @@ from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from ..kernels import cpu
+from .sglang_cpu_limits import NAME
 
-NAME = "sparse_cpu"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@functools.cache
+def _op(name: str) -> Callable[..., Any]:
+    """An op of ours; resolved once, because torch.ops looks its overloads up at every call."""
+    return cast(Callable[..., Any], getattr(cpu.ops(), name).default)
 
 
 class PagedAttention(TorchNativeAttnBackend):  # type: ignore[misc]
     """Attention straight from the paged cache; torch-native gathers K and V of every request first."""
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
+        """Once per step: what all layers need to know of the batch."""
         super().init_forward_metadata(forward_batch)
         self.rows = forward_batch.req_pool_indices.long()
         self.lengths = forward_batch.seq_lens.long()
@@ -43,7 +52,7 @@ class PagedAttention(TorchNativeAttnBackend):  # type: ignore[misc]
             self.token_to_kv_pool.set_kv_buffer(layer, location, k, v)
         window = -1 if layer.sliding_window_size is None else layer.sliding_window_size
         causal = layer.attn_type != AttentionType.ENCODER_ONLY
-        y: torch.Tensor = torch.ops.sparse_backend.paged_attention(
+        y: torch.Tensor = _op("paged_attention")(
             q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim),
             self.token_to_kv_pool.get_key_buffer(layer.layer_id),
             self.token_to_kv_pool.get_value_buffer(layer.layer_id),
@@ -59,12 +68,14 @@ class PagedAttention(TorchNativeAttnBackend):  # type: ignore[misc]
     def forward_extend(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
     ) -> torch.Tensor:
+        """Prompts, or chunks of them; q [T, H * D]."""
         run = self._attend if self._ours(layer, forward_batch) else super().forward_extend
         return cast(torch.Tensor, run(q, k, v, layer, forward_batch, save_kv_cache))
 
     def forward_decode(
         self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True
     ) -> torch.Tensor:
+        """One new token of each request; q [S, H * D]."""
         run = self._attend if self._ours(layer, forward_batch) else super().forward_decode
         return cast(torch.Tensor, run(q, k, v, layer, forward_batch, save_kv_cache))
 
@@ -80,12 +91,12 @@ def _rms_norm(
         return self.forward_native(x, residual, post_residual_addition, quant_linear)
     early = self.cast_x_before_out_mul
     if residual is None:
-        return torch.ops.sparse_backend.rms_norm(x, self.weight, self.variance_epsilon, early)
-    return torch.ops.sparse_backend.add_rms_norm(x, residual.to(x.dtype), self.weight, self.variance_epsilon, early)
+        return _op("rms_norm")(x, self.weight, self.variance_epsilon, early)
+    return _op("add_rms_norm")(x, residual.to(x.dtype), self.weight, self.variance_epsilon, early)
 
 
 def _silu_and_mul(self: Any, x: torch.Tensor) -> torch.Tensor:
-    y: torch.Tensor = torch.ops.sparse_backend.silu_and_mul(x)
+    y: torch.Tensor = _op("silu_and_mul")(x)
     return y
 
 
@@ -106,7 +117,7 @@ def _rotate(
     table = self.cos_sin_cache_as(torch.float32)
     positions = positions.flatten().long()
     for x in (query, key):
-        torch.ops.sparse_backend.rotary_embedding_(x, positions, table, self.head_size, self.is_neox_style)
+        _op("rotary_embedding_")(x, positions, table, self.head_size, self.is_neox_style)
     return query, key
 
 
@@ -125,7 +136,8 @@ class DenseLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
     """A projection that stays dense."""
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.sparse_backend.dense_linear(x, layer.weight, bias)
+        """y [..., N] = x [..., K] W^T + bias."""
+        y: torch.Tensor = _op("dense_linear")(x, layer.weight, bias)
         return y
 
 
@@ -133,7 +145,8 @@ class DenseHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
     """An output head, or an embedding that is one too."""
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        y: torch.Tensor = torch.ops.sparse_backend.dense_linear(x, layer.weight, bias)
+        """y [..., N] = x [..., K] W^T + bias."""
+        y: torch.Tensor = _op("dense_linear")(x, layer.weight, bias)
         return y
 
 

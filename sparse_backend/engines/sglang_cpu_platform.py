@@ -1,13 +1,15 @@
 """SGLang on any x86-64 CPU: no `sgl_kernel`, no Triton.
 
-Written against sglang 0.5.23. In-tree CPU mode needs the AMX build of sgl_kernel, which is on
-no package index; SGLang's out-of-tree platform API lets the core take its torch-native paths, and
-sglang_cpu_layers.py replaces the slow ones. This file is imported before SGLang's layers can be.
+Written against sglang 0.5.23. In-tree CPU mode needs the AMX build of sgl_kernel, which is on no package index;
+SGLang's out-of-tree platform API lets the core take its torch-native paths, and sglang_cpu_layers.py replaces
+the slow ones. This file is imported before SGLang's layers can be.
 """
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Callable
 from typing import Any
 
 import psutil
@@ -15,7 +17,13 @@ import torch
 from sglang.srt.platforms.device_mixin import PlatformEnum
 from sglang.srt.platforms.interface import SRTPlatform
 
-NAME = "sparse_cpu"
+from ..errors import OptionError
+from . import sglang_cpu_limits as limits
+
+logger = logging.getLogger(__name__)
+
+NAME = limits.NAME
+BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
 class SparseCpuPlatform(SRTPlatform):  # type: ignore[misc]
@@ -26,54 +34,136 @@ class SparseCpuPlatform(SRTPlatform):  # type: ignore[misc]
     device_type = "cpu"
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
+        """Choose what runs here, and refuse what cannot; in the launching process, before others start."""
+        from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
+
+        # As the user gave them: by now SGLang itself has put intel_amx into empty ones.
+        given = dict(getattr(server_args, "_raw_input", None) or vars(server_args))
+        limits.check_arguments(given)
         server_args.device = "cpu"
-        server_args.disable_overlap_schedule = True
-        if server_args.attention_backend is None:
+        server_args.disable_overlap_schedule = True  # there is no device to overlap with
+        if given.get("attention_backend") is None:
             server_args.attention_backend = NAME
-        if server_args.sampling_backend is None:
-            server_args.sampling_backend = "pytorch"
-        server_args.disable_cuda_graph = True
+        graphs = server_args.cuda_graph_config
+        for phase in Phase.ALL if graphs is not None else ():
+            graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
+        server_args.cuda_graph_config = graphs
+        ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size
+        if ranks > 1 and BIND_VARIABLE not in os.environ:
+            os.environ[BIND_VARIABLE] = share_cores(sorted(os.sched_getaffinity(0)), ranks)
 
     def init_backend(self) -> None:
+        """In every process that runs a model, before one is built."""
         from . import sglang_cpu_layers
 
         sglang_cpu_layers.register()
 
     def post_load_model(self, model: torch.nn.Module) -> None:
+        """Dense projections and the head get our op too."""
         from . import sglang_cpu_layers
 
         sglang_cpu_layers.use_dense_op(model)
 
     def get_dispatch_key_name(self) -> str:
+        """Name under which sglang_cpu_layers.py registers our ops."""
         return NAME
 
     def get_default_attention_backend(self) -> str:
+        """Ours; torch_native works too."""
         return NAME
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
+        """Bytes of main memory."""
         return int(psutil.virtual_memory().total)
 
     def get_current_memory_usage(self, device: Any = None) -> int:
+        """Resident bytes of this process."""
         return int(psutil.Process().memory_info().rss)
 
     def get_available_memory(self, device_id: int = 0) -> tuple[int, int]:
+        """Free and total bytes of main memory."""
         memory = psutil.virtual_memory()
         return int(memory.available), int(memory.total)
 
     def is_pin_memory_available(self, device: Any = None) -> bool:
+        """There is nothing to pin it for."""
         return False
 
     def get_device(self, device_id: int = 0) -> str:
+        """The torch device type."""
         return "cpu"
 
     def set_device(self, device: torch.device) -> None:
-        return
+        """Nothing to choose."""
 
     def get_device_name(self, device_id: int = 0) -> str:
+        """For SGLang's logs."""
         return "cpu"
 
     def empty_cache(self) -> None:
-        return
+        """Nothing is cached."""
 
     def synchronize(self) -> None:
+        """Everything is done when a call returns."""
+
+
+def share_cores(cores: list[int], ranks: int) -> str:
+    """SGLang's notation for an equal share of the cores per rank: "0,1|2,3".
+
+    Raises:
+        OptionError: there are fewer cores than ranks.
+    """
+    share = len(cores) // ranks
+    if share == 0:
+        raise OptionError(
+            f"{NAME}: {ranks} ranks (tp_size * dp_size * pp_size) need as many cores, this process has {len(cores)}; "
+            "lower --tp-size"
+        )
+    return "|".join(",".join(map(str, cores[i * share : (i + 1) * share])) for i in range(ranks))
+
+
+def parse_cores(text: str | list[int] | None) -> list[int]:
+    """Core numbers from "0-3,8" as SGLang writes them; empty for none."""
+    if text is None or isinstance(text, list):
+        return [int(core) for core in text or []]
+    cores: list[int] = []
+    for part in filter(None, str(text).split(",")):
+        first, _, last = part.partition("-")
+        cores += range(int(first), int(last or first) + 1)
+    return cores
+
+
+def bind_threads(original: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    """Around SGLang's `_init_cpu_threads_env`, which can bind threads with `sgl_kernel` only."""
+    from sglang.srt.platforms import current_platform
+
+    if current_platform.device_name != NAME:
+        original(*args, **kwargs)
         return
+    allowed = os.sched_getaffinity(0)
+    cores = sorted(allowed & set(parse_cores(kwargs.get("local_omp_cpuid")))) or sorted(allowed)
+    os.sched_setaffinity(0, cores)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(cores))
+    logger.info("%s: %d thread(s) on cores %s", NAME, torch.get_num_threads(), ",".join(map(str, cores)))
+
+
+def check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """SGLang's step that looks at the model: refuse the kinds that cannot run here."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.platforms import current_platform
+
+    previous(server_args)
+    if current_platform.device_name == NAME:
+        limits.check_model(model_config_of(server_args))
+
+
+def register_hooks() -> None:
+    """The two places where SGLang has no platform method; called by the plugin, in every process."""
+    from sglang.srt.arg_groups.choices import add_attention_backend_choices
+    from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    add_attention_backend_choices([NAME])
+    register_resolution_hook("handle_model_capability_adjustments")(check_model)
+    HookRegistry.register("sglang.srt.distributed.bootstrap._init_cpu_threads_env", bind_threads, HookType.AROUND)

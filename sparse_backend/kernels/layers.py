@@ -1,7 +1,7 @@
 """What a transformer computes around its projections: naive references and fakes of csrc/layers.
 
 The ops are `torch.ops.sparse_backend.{paged_attention, dense_linear, rms_norm, add_rms_norm,
-rotary_embedding_, silu_and_mul, relu2_and_mul}`. They accumulate in float32 and round once at the end, in an
+rotary_embedding_, silu_and_mul}`. They accumulate in float32 and round once at the end, in an
 order that depends on neither batch, threads nor how a prompt is cut into chunks.
 """
 
@@ -92,11 +92,10 @@ def naive_rotary_embedding(
     return y.view_as(x)
 
 
-def naive_gate_and_mul(x: torch.Tensor, gate: str) -> torch.Tensor:
-    """act(x[..., :N]) * x[..., N:] in float32, for `gate` silu (SwiGLU, Shazeer 2020) or relu2 (BitNet)."""
-    first, second = x.float().chunk(2, dim=-1)
-    activated = torch.nn.functional.silu(first) if gate == "silu" else torch.relu(first).square()
-    return (activated * second).to(x.dtype)
+def naive_silu_and_mul(x: torch.Tensor) -> torch.Tensor:
+    """silu(x[..., :N]) * x[..., N:] (SwiGLU, Shazeer 2020), in float32, rounded once."""
+    gate, up = x.float().chunk(2, dim=-1)
+    return (torch.nn.functional.silu(gate) * up).to(x.dtype)
 
 
 def register_fakes() -> None:
@@ -136,7 +135,6 @@ def register_fakes() -> None:
     def _rotate(x: torch.Tensor, positions: torch.Tensor, cos_sin: torch.Tensor, head_dim: int, halves: bool) -> None:
         return None
 
-    @torch.library.register_fake("sparse_backend::relu2_and_mul")  # type: ignore[untyped-decorator]
     @torch.library.register_fake("sparse_backend::silu_and_mul")  # type: ignore[untyped-decorator]
     def _gate(x: torch.Tensor) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], x.shape[-1] // 2))

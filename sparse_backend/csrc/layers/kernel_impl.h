@@ -1,6 +1,7 @@
 // The kernels, over a vector class (vectors.h). Included once per instruction set.
 #pragma once
 
+#include "../activations.h"
 #include "kernels.h"
 
 namespace sparse_backend::layers {
@@ -103,11 +104,22 @@ inline void score_tile(const AttendArgs& a, const void* const* k, int row, int c
     for (int j = 0; j < kCount; ++j) a.scores[(row + r) * kPositions + column + j] = Vec::sum(acc[r][j]);
 }
 
+// A slot's part of one head is a few lines, and the next slot is far away: no hardware prefetcher sees it.
+inline void prefetch(const void* p, int elements, DType type) {
+  const auto* bytes = static_cast<const char*>(p);
+  const int size = elements * (type == DType::kFp32 ? 4 : 2);
+  for (int i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
+}
+
 template <class Vec, DType kType, int kRows>
-inline void score_rows(const AttendArgs& a, const void* const* k, int row, int count) {
+inline void score_rows(const AttendArgs& a, const void* const* k, const void* const* v, int row, int count) {
   constexpr int kCount = Vec::kTileTokens;
   int j = 0;
-  for (; j + kCount <= count; j += kCount) score_tile<Vec, kType, kRows, kCount>(a, k, row, j);
+  for (; j + kCount <= count; j += kCount) {
+    if (row == 0)
+      for (int i = j; i < j + kCount; ++i) prefetch(v[i], a.v_dim, kType);
+    score_tile<Vec, kType, kRows, kCount>(a, k, row, j);
+  }
   for (; j < count; ++j) score_tile<Vec, kType, kRows, 1>(a, k, row, j);
 }
 
@@ -157,6 +169,8 @@ inline void value_tile(const AttendArgs& a, const void* const* v, int row, int d
       acc[r][c] =
           Vec::mul(Vec::load(a.sums + (row + r) * a.sum_stride + d + c * Vec::kLanes), Vec::set1(factors[r]));
   for (int j = 0; j < count; ++j) {
+    // Past the end the slots are those of this block again: harmless.
+    if (row == 0 && d == 0) prefetch(v[kPositions + j], a.head_dim, kType);
     Reg values[kParts];
     for (int c = 0; c < kParts; ++c)
       values[c] = kRest ? Vec::template load_part<kType>(v[j], d, rest)
@@ -185,17 +199,19 @@ inline void value_rows(const AttendArgs& a, const void* const* v, int row, int c
 template <class Vec, DType kType>
 void attend(const AttendArgs& a) {
   const void* k[kPositions];
-  const void* v[kPositions];
+  const void* v[2 * kPositions];  // and behind them K of the next block, for the prefetch
   float factors[kAttentionRows];
   for (int64_t begin = a.begin; begin < a.end; begin += kPositions) {
     const int count = static_cast<int>(a.end - begin < kPositions ? a.end - begin : kPositions);
     for (int j = 0; j < count; ++j) {
       k[j] = at(a.k, a.slots[begin + j] * a.k_stride, kType);
       v[j] = at(a.v, a.slots[begin + j] * a.v_stride, kType);
+      const int64_t next = begin + kPositions + j;
+      v[kPositions + j] = at(a.k, a.slots[next < a.end ? next : begin + j] * a.k_stride, kType);
     }
     int row = 0;
-    for (; row + 4 <= a.rows; row += 4) score_rows<Vec, kType, 4>(a, k, row, count);
-    for (; row < a.rows; ++row) score_rows<Vec, kType, 1>(a, k, row, count);
+    for (; row + 4 <= a.rows; row += 4) score_rows<Vec, kType, 4>(a, k, v, row, count);
+    for (; row < a.rows; ++row) score_rows<Vec, kType, 1>(a, k, v, row, count);
     for (row = 0; row < a.rows; ++row) factors[row] = softmax_row<Vec>(a, row, begin, count);
     row = 0;
     for (; row + 4 <= a.rows; row += 4) value_rows<Vec, kType, 4>(a, v, row, count, factors + row);
@@ -301,8 +317,8 @@ void rotate(const RotateArgs& a) {
   }
 }
 
-template <class Vec, DType kType, Gate kGate>
-void gate(const void* gates, const void* ups, int64_t count, void* out) {
+template <class Vec, DType kType>
+void silu(const void* gates, const void* ups, int64_t count, void* out) {
   for (int64_t i = 0; i < count; i += Vec::kLanes) {
     const int rest = static_cast<int>(count - i < Vec::kLanes ? count - i : Vec::kLanes);
     const bool full = rest == Vec::kLanes;
@@ -310,15 +326,10 @@ void gate(const void* gates, const void* ups, int64_t count, void* out) {
         full ? Vec::template load_as<kType>(gates, i) : Vec::template load_part<kType>(gates, i, rest);
     const auto up =
         full ? Vec::template load_as<kType>(ups, i) : Vec::template load_part<kType>(ups, i, rest);
-    auto y = Vec::max(Vec::set1(0.0F), g);
-    if constexpr (kGate == Gate::kSilu) {
-      const auto e = exponential<Vec>(Vec::sub(Vec::set1(0.0F), g));
-      // Below -87 the exponential is at its bound, and silu is zero.
-      y = Vec::keep_from(g, Vec::set1(-87.0F), Vec::div(g, Vec::add(Vec::set1(1.0F), e)));
-    } else {
-      y = Vec::mul(y, y);
-    }
-    y = Vec::mul(y, up);
+    const auto e = exponential<Vec>(Vec::sub(Vec::set1(0.0F), g));
+    // Below -87 the exponential is at its bound, and silu is zero.
+    const auto activated = Vec::keep_from(g, Vec::set1(-87.0F), Vec::div(g, Vec::add(Vec::set1(1.0F), e)));
+    const auto y = Vec::mul(activated, up);
     if (full) {
       Vec::template store_as<kType>(out, i, y);
     } else {
@@ -335,9 +346,7 @@ Kernels make_kernels(const char* name) {
           {dense<Vec, b>, dense<Vec, h>, dense<Vec, f>},
           {norm<Vec, b>, norm<Vec, h>, norm<Vec, f>},
           {rotate<Vec, b>, rotate<Vec, h>, rotate<Vec, f>},
-          {{gate<Vec, b, Gate::kSilu>, gate<Vec, b, Gate::kRelu2>},
-           {gate<Vec, h, Gate::kSilu>, gate<Vec, h, Gate::kRelu2>},
-           {gate<Vec, f, Gate::kSilu>, gate<Vec, f, Gate::kRelu2>}},
+          {silu<Vec, b>, silu<Vec, h>, silu<Vec, f>},
           {widen<Vec, b>, widen<Vec, h>, widen<Vec, f>},
           {narrow<Vec, b>, narrow<Vec, h>, narrow<Vec, f>}};
 }

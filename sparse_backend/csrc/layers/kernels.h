@@ -72,15 +72,13 @@ struct RotateArgs {
   bool halves;  // pairs are (i, i + rotary_dim / 2); otherwise (2i, 2i + 1)
 };
 
-enum class Gate : int { kSilu = 0, kRelu2 = 1 };
-
 struct Kernels {
   const char* name;
   void (*attend[3])(const AttendArgs&);  // by DType of the cache
   void (*dense[3])(const DenseArgs&);    // by DType of the weight
   void (*norm[3])(const NormArgs&);      // by DType of x
   void (*rotate[3])(const RotateArgs&);
-  void (*gate[3][2])(const void* gate, const void* up, int64_t count, void* out);  // and by Gate
+  void (*silu[3])(const void* gate, const void* up, int64_t count, void* out);
   void (*widen[3])(const void* x, int64_t count, float factor, float* out);
   void (*narrow[3])(const float* x, int64_t count, float factor, void* out);
 };

@@ -3,6 +3,7 @@
 #include "../cpu_features.h"
 #include "../parallel.h"
 #include "../scratch.h"
+#include "kernels.h"
 
 namespace sparse_backend::layers {
 namespace {
@@ -70,9 +71,9 @@ void rotary_embedding(const RotaryArgs& a, const ThreadPool& pool) {
   });
 }
 
-void gate_and_mul(const void* x, DType type, int64_t tokens, int64_t size, Gate gate, void* out,
+void silu_and_mul(const void* x, DType type, int64_t tokens, int64_t size, void* out,
                   const ThreadPool& pool) {
-  const auto run = kernels().gate[static_cast<int>(type)][static_cast<int>(gate)];
+  const auto run = kernels().silu[static_cast<int>(type)];
   const int64_t row = size * bytes_of(type);
   parallel_ranges(pool, tokens, kSmall / (size + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {

@@ -4,7 +4,6 @@
 #include <cstdint>
 
 #include "../common.h"
-#include "kernels.h"
 
 namespace sparse_backend::layers {
 
@@ -35,8 +34,7 @@ struct RotaryArgs {
 
 void rotary_embedding(const RotaryArgs& args, const ThreadPool& pool);
 
-// out[t][i] = act(x[t][i]) * x[t][size + i]
-void gate_and_mul(const void* x, DType type, int64_t tokens, int64_t size, Gate gate, void* out,
-                  const ThreadPool& pool);
+// out[t][i] = silu(x[t][i]) * x[t][size + i]
+void silu_and_mul(const void* x, DType type, int64_t tokens, int64_t size, void* out, const ThreadPool& pool);
 
 }  // namespace sparse_backend::layers
