@@ -59,9 +59,13 @@ def _anonymous_of_children() -> int:
 
     total = 0
     for child in psutil.Process().children(recursive=True):
-        status = Path(f"/proc/{child.pid}/status").read_text()
-        if "scheduler" in " ".join(child.cmdline()) or "scheduler" in status.splitlines()[0]:
-            total += next(int(line.split()[1]) for line in status.splitlines() if line.startswith("RssAnon:")) * 1024
+        try:
+            name = " ".join([child.name(), *child.cmdline()])
+            status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+        except (psutil.Error, OSError):  # it has just ended
+            continue
+        if "scheduler" in name:
+            total += sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
     return total
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
+from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 from sglang.srt.layers.linear import LinearBase, RowParallelLinear, get_group_rank_size
 from sglang.srt.layers.quantization import CPU_QUANTIZATION_METHODS, QUANTIZATION_METHODS
 from sglang.srt.layers.quantization.base_config import QuantizationConfig
@@ -45,6 +46,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         self.options = options or Options()
         self.names = common.Names()
         self.loading = common.Loading()
+        self.mapper: Any = None
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> SparseCompiledConfig:
@@ -54,6 +56,10 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         result.loading.claimed = cls.is_bitnet(own)
         result.packed_modules_mapping = dict(config.get("packed_modules_mapping") or {})
         return result
+
+    def apply_weight_name_mapper(self, hf_to_sglang_mapper: Any) -> None:
+        """Kept until the checkpoint's names are known: see `_get_quantization_config`."""
+        self.mapper = hf_to_sglang_mapper
 
     def get_scaled_act_names(self) -> list[str]:
         return []
@@ -98,12 +104,6 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.kernel = self.config.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             super().process_weights_after_loading(layer)
-        elif (
-            self.kernel.int8_activations
-            and isinstance(layer, RowParallelLinear)
-            and get_group_rank_size(layer.tp_group)[1] > 1
-        ):
-            raise OptionError(f"{self.prefix}: int8 activations are not available under tensor parallelism on SGLang")
 
     @property
     def stays_dense(self) -> bool:
@@ -189,6 +189,16 @@ def _all_weights(
     return config.loading.weights(stream, modules, config.options, model_config.dtype)
 
 
+def check_checkpoint(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """SGLang's step that looks at the model: a damaged compiled checkpoint ends the launch before others start."""
+    from sglang.srt.arg_groups.model_override_base import model_config_of
+
+    previous(server_args)
+    model = model_config_of(server_args)
+    if model.quantization == QUANT_METHOD:
+        common.read_checkpoint(model.model_path, model.revision)
+
+
 def _load_model(original: Callable[..., torch.nn.Module], *args: Any, **kwargs: Any) -> torch.nn.Module:
     """Around DefaultModelLoader.load_model: the summary."""
     model = original(*args, **kwargs)
@@ -199,13 +209,23 @@ def _load_model(original: Callable[..., torch.nn.Module], *args: Any, **kwargs: 
     return model
 
 
-def _resolve_model(original: Callable[..., Any], registry: Any, architectures: Any) -> Any:
-    """Around the model registry: the architecture that SGLang lacks, imported when it is asked for."""
-    if BITNET_ARCHITECTURE in ([architectures] if isinstance(architectures, str) else architectures or []):
+def _get_quantization_config(original: Callable[..., Any], model_config: Any, *args: Any, **kwargs: Any) -> Any:
+    """Around the loader's function: options name modules as the checkpoint does, and SGLang may rename them."""
+    config = original(model_config, *args, **kwargs)
+    if isinstance(config, SparseCompiledConfig) and config.mapper is not None:
+        info = common.read_checkpoint(model_config.model_path, model_config.revision)
+        mapped = config.mapper.apply_list
+        config.names.learn([] if info is None else info.module_names(), lambda name: next(iter(mapped([name])), None))
+    return config
+
+
+def _is_supported(original: Callable[..., bool], registry: Any, architecture: str) -> bool:
+    """Around the model registry's question: an architecture that SGLang lacks, imported when it is asked for."""
+    if architecture == BITNET_ARCHITECTURE and architecture not in registry.models:
         from .sglang_bitnet import BitNetForCausalLM
 
-        registry.models.setdefault(BITNET_ARCHITECTURE, BitNetForCausalLM)
-    return original(registry, architectures)
+        registry.models[architecture] = BitNetForCausalLM
+    return original(registry, architecture)
 
 
 def register() -> None:
@@ -218,5 +238,9 @@ def register() -> None:
     CPU_QUANTIZATION_METHODS[QUANT_METHOD] = SparseCompiledConfig
     HookRegistry.register(f"{_LOADER}._get_all_weights", _all_weights, HookType.AROUND)
     HookRegistry.register(f"{_LOADER}.load_model", _load_model, HookType.AROUND)
-    HookRegistry.register(f"{_REGISTRY}.resolve_model_cls", _resolve_model, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.model_loader.loader._get_quantization_config", _get_quantization_config, HookType.AROUND
+    )
+    HookRegistry.register(f"{_REGISTRY}.is_arch_supported", _is_supported, HookType.AROUND)
+    register_resolution_hook("handle_model_capability_adjustments")(check_checkpoint)
     register_hooks()
