@@ -37,7 +37,7 @@ test-asan: env-vllm
 	@$(VLLM)/python tools/run_asan.py
 
 # llama.cpp is a peer: compiled once for this machine, which takes minutes.
-bench: env-vllm
+bench: env-vllm env-sglang
 	@$(VLLM)/python -m pip install --quiet "$$(ls build/wheel/*.whl)[bench]"
 	@$(VLLM)/python benchmarks/kernels.py --save kernels
 	@$(VLLM)/python benchmarks/kernels.py --zeros 0.75 --shapes "llama3-8b o" --no-peers --seconds 0.5 \
@@ -46,6 +46,8 @@ bench: env-vllm
 	    --shapes "llama3-8b gate/up" --batch 1 --seconds 0.5 --save kernels-zeros
 	@$(VLLM)/python benchmarks/kernels.py --format ternary --save ternary-kernels
 	@$(VLLM)/python benchmarks/engine.py --zeros 0.5 0.9 --save engine
+	@SPARSE_BACKEND_TEST_SGLANG=$(abspath $(SGLANG)/python) $(VLLM)/python benchmarks/engine.py --engine sglang \
+	    --save sglang
 	@$(VLLM)/python benchmarks/quality.py --save quality
 
 lint: env-vllm

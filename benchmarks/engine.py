@@ -2,7 +2,8 @@
 
 Plain vLLM bf16 against the same checkpoint with --quantization sparse-compiled, each in a
 process of its own, taking turns, with the same compute threads. The tokens are compared
-first. With --ternary: 1.58-bit models, and llama.cpp as a peer (ternary_engine.py).
+first. With --ternary: 1.58-bit models, and llama.cpp as a peer (ternary_engine.py). With
+--engine sglang: SGLang against vLLM, and SGLang's server (sglang_engine.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import machine
+import sglang_engine
 import sparse_kernels
 import ternary_engine
 import torch
@@ -126,8 +128,12 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm", help="engine that is measured")
+    parser.add_argument("--no-serving", action="store_true", help="with --engine sglang: no bench_serving")
     parser.add_argument("--ternary", action="store_true", help="ternary weights instead of sparse ones")
-    parser.add_argument("--threads", nargs="+", type=int, default=[os.cpu_count() or 1], help="with --ternary")
+    parser.add_argument(
+        "--threads", nargs="+", type=int, default=[os.cpu_count() or 1], help="with --ternary; one with --engine"
+    )
     parser.add_argument(
         "--engines", nargs="+", default=[""], help="with --ternary: only names that contain one of these"
     )
@@ -144,7 +150,8 @@ def main() -> int:
     about = machine.describe()
     console.print_json(json.dumps(about))
     with tempfile.TemporaryDirectory(prefix="sparse-backend-bench-") as folder:
-        rows = (ternary_engine.measure if args.ternary else measure)(args, Path(folder))
+        run_all = sglang_engine.measure if args.engine == "sglang" else measure
+        rows = (ternary_engine.measure if args.ternary else run_all)(args, Path(folder))
     if args.save:
         machine.save_results(args.save, rows, about)
     return 0

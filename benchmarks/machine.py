@@ -45,7 +45,8 @@ def save_results(name: str, rows: list[dict[str, Any]], about: dict[str, Any]) -
     folder = Path(__file__).parent / "results"
     folder.mkdir(exist_ok=True)
     with (folder / f"{name}.csv").open("w", newline="") as f:
-        writer = csv.DictWriter(f, list(rows[0]), lineterminator="\n")
+        columns = list(dict.fromkeys(key for row in rows for key in row))
+        writer = csv.DictWriter(f, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in r.items()} for r in rows)
     (folder / f"{name}.json").write_text(json.dumps(about, indent=2) + "\n")

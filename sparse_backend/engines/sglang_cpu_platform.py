@@ -23,6 +23,8 @@ from . import sglang_cpu_limits as limits
 logger = logging.getLogger(__name__)
 
 NAME = limits.NAME
+# Of main memory, for weights and KV cache: SGLang's own share would suit a device that serves nothing else.
+MEMORY_FRACTION = 0.5
 BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
@@ -44,6 +46,8 @@ class SparseCpuPlatform(SRTPlatform):  # type: ignore[misc]
         server_args.disable_overlap_schedule = True  # there is no device to overlap with
         if given.get("attention_backend") is None:
             server_args.attention_backend = NAME
+        if given.get("mem_fraction_static") is None:
+            server_args.mem_fraction_static = MEMORY_FRACTION
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL if graphs is not None else ():
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
