@@ -129,6 +129,9 @@ def show(rows: list[dict[str, Any]]) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=("vllm", "sglang"), default="vllm", help="engine that is measured")
+    parser.add_argument(
+        "--models", nargs="+", default=[""], help="with --engine sglang: only names that contain one of these"
+    )
     parser.add_argument("--no-serving", action="store_true", help="with --engine sglang: no bench_serving")
     parser.add_argument("--ternary", action="store_true", help="ternary weights instead of sparse ones")
     parser.add_argument(
@@ -147,6 +150,8 @@ def main() -> int:
     parser.add_argument("--inductor", action="store_true", help="with torch.compile; eager otherwise")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.csv and NAME.json")
     args = parser.parse_args()
+    if args.engine == "sglang" and args.ternary:
+        parser.error("--engine sglang measures a ternary model too; leave out --ternary")
     about = machine.describe()
     console.print_json(json.dumps(about))
     with tempfile.TemporaryDirectory(prefix="sparse-backend-bench-") as folder:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+from packaging.version import Version
 
 from .errors import SparseBackendError
 from .options import QUANT_METHOD
@@ -21,6 +22,14 @@ from vllm.plugins import load_general_plugins
 load_general_plugins()
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS as methods
 print("registered" if {QUANT_METHOD!r} in methods else "missing")
+"""
+
+_ASK_SGLANG = f"""
+from sglang.srt.plugins import load_plugins
+load_plugins()
+from sglang.srt.layers.quantization import QUANTIZATION_METHODS as methods
+from sglang.srt.platforms import current_platform
+print("registered" if {QUANT_METHOD!r} in methods else "missing", current_platform.device_name)
 """
 
 
@@ -109,6 +118,11 @@ def _sglang() -> Iterator[Check]:
         yield Check("SGLang", "not installed in this environment")
         return
     yield Check("SGLang", f"sglang {version}")
+    if Version(version) < Version("0.5.11"):
+        yield Check(
+            "SGLang plugin", f"sglang {version} loads none; install 0.5.23, or see sparse-backend patch --help", False
+        )
+        return
     if "sparse_backend" not in importlib.metadata.entry_points(group="sglang.srt.plugins").names:
         yield Check(
             "SGLang plugin", "its entry point is not installed: run pip install . in the project's folder", False
@@ -118,6 +132,11 @@ def _sglang() -> Iterator[Check]:
     if allowed and "sparse_backend" not in allowed.split(","):
         yield Check("SGLang plugin", f"SGLANG_PLUGINS={allowed} leaves it out: add sparse_backend or unset it", False)
         return
-    yield Check(
-        "SGLang plugin", f"installed: --quantization {QUANT_METHOD}, SGLANG_PLATFORM=sparse_cpu without GPU and AMX"
-    )
+    result = subprocess.run([sys.executable, "-c", _ASK_SGLANG], capture_output=True, text=True, check=False)
+    last = (result.stdout.strip().splitlines() or [""])[-1].split()
+    if last[:1] == ["registered"]:
+        yield Check("SGLang plugin", f"registered: --quantization {QUANT_METHOD}")
+        yield Check("SGLang platform", last[-1])
+    else:
+        error = (result.stderr.strip().splitlines() or ["SGLang did not list it"])[-1]
+        yield Check("SGLang plugin", f"not registered: {error}", False)

@@ -74,6 +74,22 @@ inline uint16_t fp16_from_float(float value) {
   return sign | static_cast<uint16_t>((rounded - 0x38000000U) >> 13);
 }
 
+inline int64_t element_bytes(DType type) { return type == DType::kFp32 ? 4 : 2; }
+
+inline void store_float(void* data, DType dtype, int64_t index, float value) {
+  switch (dtype) {
+    case DType::kBf16:
+      static_cast<uint16_t*>(data)[index] = bf16_from_float(value);
+      break;
+    case DType::kFp16:
+      static_cast<uint16_t*>(data)[index] = fp16_from_float(value);
+      break;
+    case DType::kFp32:
+      static_cast<float*>(data)[index] = value;
+      break;
+  }
+}
+
 inline float load_as_float(const void* data, DType dtype, int64_t index) {
   switch (dtype) {
     case DType::kBf16:

@@ -181,8 +181,8 @@ Tensor silu_and_mul_op(const Tensor& x) {
   const Tensor input = torch::stable::contiguous(x);
   Tensor out = torch::stable::new_empty(x, shape_of(x, size));
   if (out.numel() > 0)
-    silu_and_mul(input.const_data_ptr(), dtype_of(x, "x"), out.numel() / size, size,
-                 out.mutable_data_ptr(), torch_pool());
+    silu_and_mul(input.const_data_ptr(), dtype_of(x, "x"), out.numel() / size, size, out.mutable_data_ptr(),
+                 torch_pool());
   return out;
 }
 

@@ -21,12 +21,20 @@ def activate_cpu_platform() -> str | None:
     """
     import os
 
-    import torch
-
     chosen = os.environ.get("SGLANG_PLATFORM") == "sparse_cpu"
-    if not chosen and (torch.cuda.is_available() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or _has_amx_build()):
+    if not chosen and (_has_accelerator() or os.environ.get("SGLANG_USE_CPU_ENGINE") == "1" or _has_amx_build()):
         return None
     return "sparse_backend.engines.sglang_cpu_platform.SparseCpuPlatform"
+
+
+def _has_accelerator() -> bool:
+    """Whether torch sees a device that SGLang has a platform for, or the processor is not ours."""
+    import platform
+
+    import torch
+
+    devices = [getattr(torch, name, None) for name in ("cuda", "xpu", "npu", "musa", "hpu")]
+    return platform.machine() != "x86_64" or any(d is not None and d.is_available() for d in devices)
 
 
 def _has_amx_build() -> bool:

@@ -20,7 +20,6 @@ from sglang.srt.layers.quantization.base_config import QuantizationConfig
 from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
 from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sglang.srt.plugins.hook_registry import HookRegistry, HookType
-from sglang.srt.runtime_context import get_parallel
 from sglang.srt.server_args import add_quantization_method_choices
 
 from ..compiler.bitnet import BitNet
@@ -35,6 +34,10 @@ logger = logging.getLogger(__name__)
 _MERGED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 BITNET_ARCHITECTURE = "BitNetForCausalLM"
 _REGISTRY = "sglang.srt.models.registry._ModelRegistry"
+# SGLang's mark of a module whose weight cannot be replaced while it serves, and what it then answers.
+_NO_UPDATES = ("_derived_weight_cache_error", "sparse-compiled weights are packed; start a new server to change them")
+# Of the loader that is hooked; others would leave compiled checkpoints as they are.
+_LOAD_FORMATS = ("auto", "safetensors", "pt", "npcache")
 _LOADER = "sglang.srt.model_loader.loader.DefaultModelLoader"
 
 
@@ -104,6 +107,8 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
         self.kernel = self.config.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             super().process_weights_after_loading(layer)
+        else:
+            setattr(layer, *_NO_UPDATES)
 
     @property
     def stays_dense(self) -> bool:
@@ -122,11 +127,13 @@ class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]
 
 def _absmax_of_all_ranks(layer: RowParallelLinear, x: torch.Tensor) -> torch.Tensor | None:
     """The largest magnitude of each token, of which each rank sees a part; None without other ranks."""
-    if get_group_rank_size(layer.tp_group)[1] == 1:
+    group = layer.tp_group
+    if get_group_rank_size(group)[1] == 1:
         return None
+    if not hasattr(group, "device_group"):
+        raise OptionError("int8 activations are not available under this parallel layout; set 'activations' to keep")
     absmax = x.abs().amax(dim=-1).float().flatten()
-    group = get_parallel().tp_group.device_group
-    torch.distributed.all_reduce(absmax, op=torch.distributed.ReduceOp.MAX, group=group)
+    torch.distributed.all_reduce(absmax, op=torch.distributed.ReduceOp.MAX, group=group.device_group)
     return absmax
 
 
@@ -158,6 +165,7 @@ def _convert_head(model: torch.nn.Module, config: SparseCompiledConfig) -> None:
         raise OptionError(f"option 'lm_head': {type(model).__name__} has no output head; drop the option")
     embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m is not head]
     tied = not isinstance(head, ParallelLMHead) or any(m.weight is head.weight for m in embeddings)
+    setattr(head, *_NO_UPDATES)
     head.quant_method = SparseCompiledHeadMethod(config.loading, head, config.options.lm_head, tied)
 
 
@@ -194,8 +202,14 @@ def check_checkpoint(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.arg_groups.model_override_base import model_config_of
 
     previous(server_args)
+    if str(server_args.model_path).startswith("instance://"):  # weights come from another server
+        return
     model = model_config_of(server_args)
     if model.quantization == QUANT_METHOD:
+        if server_args.load_format not in _LOAD_FORMATS:
+            raise OptionError(
+                f"--load-format {server_args.load_format}: {QUANT_METHOD} needs one of {', '.join(_LOAD_FORMATS)}"
+            )
         common.read_checkpoint(model.model_path, model.revision)
 
 

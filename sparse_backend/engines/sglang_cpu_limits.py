@@ -35,7 +35,7 @@ LIMITS = (
     Limit("decode_attention_backend", _ATTENTION, _KERNELS),
     Limit("sampling_backend", (None, "pytorch"), _KERNELS),
     Limit("device", (None, "cpu"), "is a CPU platform"),
-    Limit("quantization", (None, "unquant", "sparse-compiled", "bitnet"), "has no kernels for other methods"),
+    Limit("quantization", (None, "unquant", "sparse-compiled"), "has no kernels for other methods"),
     Limit("kv_cache_dtype", (None, "auto", "bf16", "bfloat16"), "keeps the cache in the model's dtype"),
     Limit("page_size", (None, 1), "keeps pages of one token"),
     Limit("speculative_algorithm", (None,), "has no speculative decoding"),
@@ -56,6 +56,7 @@ LIMITS = (
     Limit("cuda_graph_backend_decode", (None, "disabled"), "has no CUDA graphs"),
     Limit("cpu_offload_gb", (None, 0), "keeps weights in main memory already"),
     Limit("offload_group_size", (None, -1), "keeps weights in main memory already"),
+    Limit("enable_fp32_lm_head", (None, False), "computes logits in the model's dtype"),
     Limit("enable_strict_thinking", (None, False), _KERNELS),
 )
 
@@ -87,6 +88,7 @@ def check_model(model: Any) -> None:
     Raises:
         OptionError: naming the architecture and what it needs.
     """
+    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import AttentionArch
 
     config = model.hf_text_config
@@ -99,12 +101,16 @@ def check_model(model: Any) -> None:
 
     if model.attention_arch == AttentionArch.MLA:
         refuse("latent attention (MLA)")
-    kinds = set(getattr(config, "layer_types", None) or ()) | set(getattr(config, "layers_block_type", None) or ())
-    recurrent = {"linear_attention", "mamba", "mamba2", "recurrent"} & kinds
-    if recurrent or getattr(config, "linear_attn_config", None):
-        refuse(f"recurrent layers ({', '.join(sorted(recurrent)) or 'linear attention'})")
+    if mambaish_config(model) is not None:
+        refuse("recurrent layers (Mamba, linear attention)")
+    if model.has_attention_sinks:
+        refuse("attention sinks")
+    if "Llama4" in architecture:
+        refuse("chunked attention")
     if getattr(config, "final_logit_softcapping", None):
         refuse("capped logits (final_logit_softcapping)")
+    if getattr(config, "enable_lm_head_fp32", False):
+        refuse("float32 logits (enable_lm_head_fp32)")
     method = model.quantization
     if method not in (None, "unquant", "sparse-compiled"):
         raise OptionError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -23,8 +24,8 @@ from . import sglang_cpu_limits as limits
 logger = logging.getLogger(__name__)
 
 NAME = limits.NAME
-# Of main memory, for weights and KV cache: SGLang's own share would suit a device that serves nothing else.
-MEMORY_FRACTION = 0.5
+# Of the memory that is free at the start, for weights and KV cache; pages are taken as tokens fill them.
+MEMORY_FRACTION = 0.8
 BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
@@ -34,27 +35,38 @@ class SparseCpuPlatform(SRTPlatform):  # type: ignore[misc]
     _enum = PlatformEnum.OOT
     device_name = NAME
     device_type = "cpu"
+    _shared: str | None = None
 
     def apply_server_args_defaults(self, server_args: Any) -> None:
         """Choose what runs here, and refuse what cannot; in the launching process, before others start."""
         from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
         # As the user gave them: by now SGLang itself has put intel_amx into empty ones.
-        given = dict(getattr(server_args, "_raw_input", None) or vars(server_args))
+        given = dict(server_args._raw_input)
         limits.check_arguments(given)
         server_args.device = "cpu"
         server_args.disable_overlap_schedule = True  # there is no device to overlap with
+        server_args.disable_hybrid_swa_memory = True  # one cache for all layers, addressed by one table
         if given.get("attention_backend") is None:
             server_args.attention_backend = NAME
-        if given.get("mem_fraction_static") is None:
-            server_args.mem_fraction_static = MEMORY_FRACTION
         graphs = server_args.cuda_graph_config
         for phase in Phase.ALL if graphs is not None else ():
             graphs = with_phase(graphs, phase, backend=Backend.DISABLED)
         server_args.cuda_graph_config = graphs
-        ranks = server_args.tp_size * server_args.dp_size * server_args.pp_size
+        ranks = max(1, server_args.tp_size * server_args.dp_size * server_args.pp_size // server_args.nnodes)
+        if given.get("mem_fraction_static") is None:
+            # Each rank takes its share of what is free on the whole machine.
+            server_args.mem_fraction_static = MEMORY_FRACTION / ranks
+        self._share_cores(ranks)
+
+    def _share_cores(self, ranks: int) -> None:
+        """Tell ranks their cores, unless the user did; an earlier engine of this process may have told its own."""
+        if os.environ.get(BIND_VARIABLE) == SparseCpuPlatform._shared:
+            os.environ.pop(BIND_VARIABLE, None)
+        SparseCpuPlatform._shared = None
         if ranks > 1 and BIND_VARIABLE not in os.environ:
-            os.environ[BIND_VARIABLE] = share_cores(sorted(os.sched_getaffinity(0)), ranks)
+            SparseCpuPlatform._shared = share_cores(sorted(os.sched_getaffinity(0)), ranks)
+            os.environ[BIND_VARIABLE] = SparseCpuPlatform._shared
 
     def init_backend(self) -> None:
         """In every process that runs a model, before one is built."""
@@ -77,8 +89,11 @@ class SparseCpuPlatform(SRTPlatform):  # type: ignore[misc]
         return NAME
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
-        """Bytes of main memory."""
-        return int(psutil.virtual_memory().total)
+        """Bytes of main memory, or of what this container may use of it."""
+        total = int(psutil.virtual_memory().total)
+        limit = Path("/sys/fs/cgroup/memory.max")
+        text = limit.read_text().strip() if limit.exists() else "max"
+        return min(total, int(text)) if text.isdigit() else total
 
     def get_current_memory_usage(self, device: Any = None) -> int:
         """Resident bytes of this process."""
@@ -158,7 +173,7 @@ def check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
     from sglang.srt.platforms import current_platform
 
     previous(server_args)
-    if current_platform.device_name == NAME:
+    if current_platform.device_name == NAME and not str(server_args.model_path).startswith("instance://"):
         limits.check_model(model_config_of(server_args))
 
 

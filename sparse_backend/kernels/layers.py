@@ -2,7 +2,7 @@
 
 The ops are `torch.ops.sparse_backend.{paged_attention, dense_linear, rms_norm, add_rms_norm,
 rotary_embedding_, silu_and_mul}`. They accumulate in float32 and round once at the end, in an
-order that depends on neither batch, threads nor how a prompt is cut into chunks.
+order that depends on neither batch, threads nor, for finite values, how a prompt is cut into chunks.
 """
 
 from __future__ import annotations

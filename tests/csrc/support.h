@@ -41,3 +41,5 @@ inline Buffer allocate(int64_t bytes, int alignment = 64) {
 
 // Every kernel of the low-bit family against int64 sums (lowbit_test.cpp).
 void test_lowbit();
+// Attention, dense products, norms, rotary embedding, SwiGLU (layers_test.cpp).
+void test_layers();

@@ -117,7 +117,7 @@ struct Activations {
 };
 
 Activations make_activations(int tokens, int64_t k, DType type, std::mt19937& rng) {
-  Activations x{std::vector<double>(tokens * k), allocate(tokens * k * un::element_bytes(type), 16), type};
+  Activations x{std::vector<double>(tokens * k), allocate(tokens * k * sb::element_bytes(type), 16), type};
   std::normal_distribution<float> normal;
   for (int64_t i = 0; i < tokens * k; ++i) {
     const float value = sb::float_from_bf16(sb::bf16_from_float(normal(rng)));
@@ -131,7 +131,7 @@ Activations make_activations(int tokens, int64_t k, DType type, std::mt19937& rn
 
 std::vector<float> run(const Implementation& impl, const Weight& w, const Activations& x, int tokens,
                        const sb::ThreadPool& pool) {
-  Buffer bias = allocate(w.n * 4, 16), y = allocate(tokens * w.n * un::element_bytes(x.type), 16);
+  Buffer bias = allocate(w.n * 4, 16), y = allocate(tokens * w.n * sb::element_bytes(x.type), 16);
   for (int64_t i = 0; i < w.n; ++i) reinterpret_cast<float*>(bias.get())[i] = static_cast<float>(i % 5);
   const un::LinearArgs args{x.raw.get(), x.type, tokens, bias.get(), DType::kFp32, y.get()};
   impl.run(impl.kernels, w.view, args, pool);
@@ -277,6 +277,9 @@ int main() {
     }
   }
   test_lowbit();
+#if !defined(SPARSE_BACKEND_EMULATE_AVX512)  // its kernels are one template for all levels
+  test_layers();
+#endif
   std::printf("%d failures\n", failures);
   return failures == 0 ? 0 : 1;
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 
 import pytest
@@ -76,6 +77,10 @@ def test_a_compiled_checkpoint_in_chunks_is_the_converted_model(results):
         assert_same_tokens(result, {"tokens": result["again_tokens"]})
 
 
+def ranks_log(results):
+    return results["bitnet on two ranks"][0]["log"]
+
+
 def test_the_log_says_what_it_is(results):
     lines = summaries(results["flag"][0]["log"])
     assert lines.count("bitmask: 24 projections, 9.44 MB -> 5.35 MB") == 2  # flag and compiled
@@ -84,8 +89,11 @@ def test_the_log_says_what_it_is(results):
     assert lines.count("BitNet checkpoint: ternary weights, int8 activations per token") == 3  # two ranks
     assert lines.count("int8: 1 projections, 2.10 MB -> 1.07 MB") == 1
     assert "the output head was rounded as asked ('lm_head'): not the checkpoint's function any more" in lines
-    log = results["flag"][0]["log"]
-    assert log.count("sparse_cpu: 1 thread(s) on cores") == 2
+    cores = [
+        set(found.split(",")) for found in re.findall(r"TP\d\] sparse_cpu: .* on cores ([\d,]+)", ranks_log(results))
+    ]
+    assert len(cores) == 2
+    assert not cores[0] & cores[1]
 
 
 def test_logprobs_are_vllms(results):
@@ -129,6 +137,15 @@ except OptionError as error:
     assert "lower --tp-size" in str(error)
 else:
     raise AssertionError
+
+# A misspelt argument would never be refused; a default that is not allowed would refuse every start.
+import dataclasses
+from sglang.srt.server_args import ServerArgs
+from sparse_backend.engines.sglang_cpu_limits import LIMITS
+for limit in LIMITS:
+    assert hasattr(ServerArgs, limit.argument) or limit.argument in ServerArgs.__annotations__, limit
+    default = getattr(ServerArgs, limit.argument, None)
+    assert isinstance(default, property) or callable(default) or default in limit.allowed, (limit, default)
 print("all checks passed")
 """
 

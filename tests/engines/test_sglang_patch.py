@@ -6,6 +6,7 @@ import os
 import subprocess
 
 import pytest
+import sglang_runner
 from conftest import PYTHON_LM
 from test_patching import download, install_plugin, unpack
 
@@ -57,8 +58,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize(("version", "plugins"), [("0.5.2", "choice"), ("0.5.10.post1", "choice,method")])
 def test_a_plugin_adds_a_quantization_method_in_every_process(version, plugins, tmp_path):
-    python = os.environ.get("SPARSE_BACKEND_TEST_SGLANG")
-    assert python, "run `make test`, or set SPARSE_BACKEND_TEST_SGLANG to the python of .venv/sglang"
+    python = sglang_runner.python()
     site = unpack(download(version, tmp_path), tmp_path / "site")
     patching.patch_engine("sglang", site_packages=site)
     install_plugin(tmp_path / "plugins", "choice", CHOICE)

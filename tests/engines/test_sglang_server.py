@@ -188,9 +188,9 @@ REFUSED = [
     (["--speculative-algorithm", "NGRAM"], "--speculative-algorithm NGRAM: the platform sparse_cpu has no speculative"),
     (["--attention-backend", "triton"], "allowed: sparse_cpu, torch_native"),
     (["--sampling-backend", "flashinfer"], "allowed: pytorch"),
-    (["--quantization", "fp8"], "allowed: unquant, sparse-compiled, bitnet"),
+    (["--quantization", "fp8"], "allowed: unquant, sparse-compiled"),
     (["--kv-cache-dtype", "fp8_e4m3"], "keeps the cache in the model's dtype"),
-    (["--tp-size", "64"], "64 ranks (tp_size * dp_size * pp_size) need as many cores"),
+    (["--tp-size", "4096"], "4096 ranks (tp_size * dp_size * pp_size) need as many cores"),
 ]
 
 

@@ -37,7 +37,7 @@ void linear_with(const Kernels& kernels, const unstructured::View& w, const unst
                  const ThreadPool& pool) {
   const unstructured::Header& h = w.header;
   const int64_t k = h.in_features, n = h.out_features;
-  const int64_t x_row_bytes = k * unstructured::element_bytes(args.x_type);
+  const int64_t x_row_bytes = k * element_bytes(args.x_type);
   const int64_t x_stride = round_up(k, kChunk) * kernels.x_element_bytes;
   const int64_t units = (h.parts + kUnitPanels - 1) / kUnitPanels;
   const bool batched = args.tokens > kernels.gemv_tokens;

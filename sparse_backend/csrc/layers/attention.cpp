@@ -27,7 +27,7 @@ struct Tile {
 };
 
 struct Shape {
-  int64_t group, q_stride, sum_stride, state;  // floats
+  int64_t group, q_stride, sum_stride;  // strides in floats
 };
 
 // Running softmax of a tile: largest, total, sums.
@@ -37,7 +37,7 @@ struct State {
   float* sums;
 };
 
-State state_at(float* memory, int rows) { return {memory, memory + rows, memory + 2 * kAttentionRows}; }
+State state_at(float* memory, int rows) { return {memory, memory + rows, memory + 2 * rows}; }
 
 void clear(const State& s, int rows, int64_t sum_stride) {
   for (int r = 0; r < rows; ++r) {
@@ -61,8 +61,6 @@ void merge(const State& from, const State& to, int rows, int64_t sum_stride) {
   }
 }
 
-int64_t bytes_of(DType type) { return type == DType::kFp32 ? 4 : 2; }
-
 class Run {
  public:
   Run(const AttentionArgs& args, const Shape& shape) : a_(args), shape_(shape) {}
@@ -78,8 +76,9 @@ class Run {
     for (int r = 0; r < t.rows; ++r) {
       const int64_t token = (t.row + r) / shape_.group,
                     head = t.head * shape_.group + (t.row + r) % shape_.group;
-      const uint8_t* from = static_cast<const uint8_t*>(a_.q) +
-                            ((t.first_token + token) * a_.q_stride + head * a_.head_dim) * bytes_of(a_.type);
+      const uint8_t* from =
+          static_cast<const uint8_t*>(a_.q) +
+          ((t.first_token + token) * a_.q_stride + head * a_.head_dim) * element_bytes(a_.type);
       float* to = q + r * shape_.q_stride;
       k.widen[static_cast<int>(a_.type)](from, a_.head_dim, a_.scale, to);
       for (int64_t d = a_.head_dim; d < shape_.q_stride; ++d) to[d] = 0.0F;
@@ -93,8 +92,8 @@ class Run {
     args.rows = t.rows;
     args.head_dim = a_.head_dim;
     args.v_dim = a_.v_dim;
-    args.k = static_cast<const uint8_t*>(a_.k_cache) + t.head * a_.head_dim * bytes_of(a_.cache_type);
-    args.v = static_cast<const uint8_t*>(a_.v_cache) + t.head * a_.v_dim * bytes_of(a_.cache_type);
+    args.k = static_cast<const uint8_t*>(a_.k_cache) + t.head * a_.head_dim * element_bytes(a_.cache_type);
+    args.v = static_cast<const uint8_t*>(a_.v_cache) + t.head * a_.v_dim * element_bytes(a_.cache_type);
     args.k_stride = a_.kv_heads * a_.head_dim;
     args.v_stride = a_.kv_heads * a_.v_dim;
     args.slots = a_.slot_table + a_.row_of[t.sequence] * a_.row_length;
@@ -118,7 +117,7 @@ class Run {
       const int64_t token = (t.row + r) / shape_.group,
                     head = t.head * shape_.group + (t.row + r) % shape_.group;
       uint8_t* to = static_cast<uint8_t*>(a_.out) +
-                    ((t.first_token + token) * a_.heads + head) * a_.v_dim * bytes_of(a_.type);
+                    ((t.first_token + token) * a_.heads + head) * a_.v_dim * element_bytes(a_.type);
       k.narrow[static_cast<int>(a_.type)](state.sums + r * shape_.sum_stride, a_.v_dim, 1.0F / state.total[r],
                                           to);
     }
@@ -182,23 +181,24 @@ const char* problem(const AttentionArgs& a, const ThreadPool& pool) {
 const char* attention(const AttentionArgs& a, const ThreadPool& pool) {
   if (const char* wrong = problem(a, pool)) return wrong;
   constexpr int64_t kPad = 16;  // the widest vector
-  Shape shape{a.heads / a.kv_heads, round_up(a.head_dim, kPad), round_up(a.v_dim, kPad), 0};
-  shape.state = 2 * kAttentionRows + kAttentionRows * shape.sum_stride;
+  const Shape shape{a.heads / a.kv_heads, round_up(a.head_dim, kPad), round_up(a.v_dim, kPad)};
   const Run run(a, shape);
   const std::vector<Tile> tiles = tiles_of(a, run, shape.group);
   if (tiles.empty()) return nullptr;
 
   struct Part {
     int64_t tile, begin, end;
+    int64_t state;  // where its floats are
   };
   std::vector<Part> parts;
-  int64_t work = 0;
+  int64_t work = 0, floats = 0;
   for (size_t i = 0; i < tiles.size(); ++i) {
     const Tile& t = tiles[i];
     work += (t.end - t.begin) * t.rows * a.head_dim;
     for (int64_t begin = t.begin; begin < t.end; begin = (begin / kSegment + 1) * kSegment) {
       const int64_t next = (begin / kSegment + 1) * kSegment;
-      parts.push_back({static_cast<int64_t>(i), begin, next < t.end ? next : t.end});
+      parts.push_back({static_cast<int64_t>(i), begin, next < t.end ? next : t.end, floats});
+      floats += t.rows * (2 + shape.sum_stride);
     }
   }
   const auto count = static_cast<int64_t>(tiles.size());
@@ -206,11 +206,12 @@ const char* attention(const AttentionArgs& a, const ThreadPool& pool) {
   if (count >= 4 * int64_t{pool.threads} || parts.size() == tiles.size() || work < kSmall) {
     parallel_ranges(pool, count, work < kSmall ? count : 1, [&](int64_t begin, int64_t end) {
       thread_local Scratch memory;
-      float* floats = reinterpret_cast<float*>(memory.reserve(2 * shape.state * 4));
+      float* floats =
+          reinterpret_cast<float*>(memory.reserve(2 * kAttentionRows * (2 + shape.sum_stride) * 4));
       for (int64_t i = begin; i < end; ++i) {
         const Tile& t = tiles[i];
-        const State state = state_at(floats, kAttentionRows),
-                    next = state_at(floats + shape.state, kAttentionRows);
+        const State state = state_at(floats, t.rows),
+                    next = state_at(floats + kAttentionRows * (2 + shape.sum_stride), t.rows);
         for (int64_t first = t.begin; first < t.end;) {
           const int64_t segment_end = (first / kSegment + 1) * kSegment,
                         last = segment_end < t.end ? segment_end : t.end;
@@ -226,22 +227,20 @@ const char* attention(const AttentionArgs& a, const ThreadPool& pool) {
   }
   // Few tiles, long sequences: the segments of one tile go to several threads.
   thread_local Scratch memory;
-  float* states =
-      reinterpret_cast<float*>(memory.reserve(static_cast<int64_t>(parts.size()) * shape.state * 4));
+  float* states = reinterpret_cast<float*>(memory.reserve(floats * 4));
+  const auto state_of = [&](size_t part) {
+    return state_at(states + parts[part].state, tiles[parts[part].tile].rows);
+  };
   parallel_ranges(pool, static_cast<int64_t>(parts.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      run.segment(tiles[parts[i].tile], parts[i].begin, parts[i].end,
-                  state_at(states + i * shape.state, kAttentionRows));
+      run.segment(tiles[parts[i].tile], parts[i].begin, parts[i].end, state_of(i));
   });
-  for (size_t i = 0; i < parts.size();) {
+  for (size_t i = 0, j = 0; i < parts.size(); i = j) {
     const Tile& t = tiles[parts[i].tile];
-    const State state = state_at(states + static_cast<int64_t>(i) * shape.state, kAttentionRows);
-    size_t j = i + 1;
-    for (; j < parts.size() && parts[j].tile == parts[i].tile; ++j)
-      merge(state_at(states + static_cast<int64_t>(j) * shape.state, kAttentionRows), state, t.rows,
-            shape.sum_stride);
+    const State state = state_of(i);
+    for (j = i + 1; j < parts.size() && parts[j].tile == parts[i].tile; ++j)
+      merge(state_of(j), state, t.rows, shape.sum_stride);
     run.finish(t, state);
-    i = j;
   }
   return nullptr;
 }

@@ -5,7 +5,7 @@
 namespace sparse_backend::layers {
 
 const Kernels& avx2_kernels() {
-  static const Kernels kernels = make_kernels<Avx2Vector>("avx2");
+  static const Kernels kernels = make_kernels<Avx2Vector>();
   return kernels;
 }
 

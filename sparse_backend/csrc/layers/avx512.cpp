@@ -1,11 +1,11 @@
-// AVX-512 F, BW, DQ and VL.
+// AVX-512 F, BW and VL.
 #include "kernel_impl.h"
 #include "vectors_avx512.h"
 
 namespace sparse_backend::layers {
 
 const Kernels& avx512_kernels() {
-  static const Kernels kernels = make_kernels<Avx512Vector>("avx512");
+  static const Kernels kernels = make_kernels<Avx512Vector>();
   return kernels;
 }
 

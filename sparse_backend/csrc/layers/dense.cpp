@@ -11,25 +11,11 @@ namespace {
 constexpr int64_t kTokens = 64;
 constexpr int64_t kRows = 32;
 
-void store(void* y, DType type, int64_t i, float value) {
-  switch (type) {
-    case DType::kBf16:
-      static_cast<uint16_t*>(y)[i] = bf16_from_float(value);
-      break;
-    case DType::kFp16:
-      static_cast<uint16_t*>(y)[i] = fp16_from_float(value);
-      break;
-    case DType::kFp32:
-      static_cast<float*>(y)[i] = value;
-      break;
-  }
-}
-
 }  // namespace
 
 void dense_linear(const DenseLinearArgs& a, const ThreadPool& pool) {
   const Kernels& k = kernels();
-  const int64_t x_bytes = a.x_type == DType::kFp32 ? 4 : 2, w_bytes = a.w_type == DType::kFp32 ? 4 : 2;
+  const int64_t x_bytes = element_bytes(a.x_type), w_bytes = element_bytes(a.w_type);
   const int64_t x_stride = round_up(a.in_features, 16);
   thread_local Scratch x_memory;
   for (int64_t token = 0; token < a.tokens; token += kTokens) {
@@ -65,7 +51,7 @@ void dense_linear(const DenseLinearArgs& a, const ThreadPool& pool) {
         for (int64_t t = 0; t < tokens; ++t)
           for (int64_t r = 0; r < rows; ++r) {
             const float bias = a.bias == nullptr ? 0.0F : load_as_float(a.bias, a.bias_type, row + r);
-            store(a.y, a.x_type, (token + t) * a.out_features + row + r, sums[t * kRows + r] + bias);
+            store_float(a.y, a.x_type, (token + t) * a.out_features + row + r, sums[t * kRows + r] + bias);
           }
       }
     });

@@ -27,7 +27,28 @@ inline typename Vec::Reg exponential(typename Vec::Reg x) {
 }
 
 inline const void* at(const void* base, int64_t element, DType type) {
-  return static_cast<const uint8_t*>(base) + element * (type == DType::kFp32 ? 4 : 2);
+  return static_cast<const uint8_t*>(base) + element * element_bytes(type);
+}
+
+// All lanes, or the first `count` of them.
+template <class Vec, DType kType>
+inline typename Vec::Reg load_first(const void* p, int64_t i, int count) {
+  return count == Vec::kLanes ? Vec::template load_as<kType>(p, i)
+                              : Vec::template load_part<kType>(p, i, count);
+}
+
+template <class Vec, DType kType>
+inline void store_first(void* p, int64_t i, typename Vec::Reg v, int count) {
+  if (count == Vec::kLanes) {
+    Vec::template store_as<kType>(p, i, v);
+  } else {
+    Vec::template store_part<kType>(p, i, v, count);
+  }
+}
+
+template <class Vec>
+inline int lanes_left(int64_t i, int64_t size) {
+  return static_cast<int>(size - i < Vec::kLanes ? size - i : Vec::kLanes);
 }
 
 // ---- dense: dot products of a tile of rows and tokens ----
@@ -107,8 +128,8 @@ inline void score_tile(const AttendArgs& a, const void* const* k, int row, int c
 // A slot's part of one head is a few lines, and the next slot is far away: no hardware prefetcher sees it.
 inline void prefetch(const void* p, int elements, DType type) {
   const auto* bytes = static_cast<const char*>(p);
-  const int size = elements * (type == DType::kFp32 ? 4 : 2);
-  for (int i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
+  const int64_t size = elements * element_bytes(type);
+  for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
 }
 
 template <class Vec, DType kType, int kRows>
@@ -135,17 +156,17 @@ inline float softmax_row(const AttendArgs& a, int row, int64_t begin, int count)
       Vec::store(scores + j, Vec::mul(cap, Vec::sub(one, Vec::div(Vec::set1(2.0F), Vec::add(e, one)))));
     }
   }
-  for (int j = 0; j < count; ++j)
-    if (begin + j < a.first[row] || begin + j >= a.last[row]) scores[j] = kNegativeInfinity;
   const int padded = static_cast<int>(round_up(count, Vec::kLanes));
-  for (int j = count; j < padded; ++j) scores[j] = kNegativeInfinity;
-  auto most = Vec::set1(a.largest[row]);
-  for (int j = 0; j < padded; j += Vec::kLanes) most = Vec::max(most, Vec::load(scores + j));
-  const float largest = Vec::largest(most);
-  if (largest == kNegativeInfinity) {  // the row sees none of these positions, and none before
+  const int64_t first = a.first[row] - begin, last = a.last[row] - begin;
+  if (first >= count || last <= 0) {  // the row sees none of these positions
     for (int j = 0; j < padded; ++j) scores[j] = 0.0F;
     return 1.0F;
   }
+  for (int j = 0; j < padded; ++j)
+    if (j < first || j >= last || j >= count) scores[j] = kNegativeInfinity;
+  auto most = Vec::set1(a.largest[row]);
+  for (int j = 0; j < padded; j += Vec::kLanes) most = Vec::max(most, Vec::load(scores + j));
+  const float largest = Vec::largest(most);
   auto total = Vec::set1(0.0F);
   for (int j = 0; j < padded; j += Vec::kLanes) {
     const auto weight = exponential<Vec>(Vec::sub(Vec::load(scores + j), Vec::set1(largest)));
@@ -221,13 +242,6 @@ void attend(const AttendArgs& a) {
 
 // ---- one token at a time ----
 
-template <DType kType>
-inline void store_one(void* p, int64_t i, float v) {
-  if constexpr (kType == DType::kBf16) static_cast<uint16_t*>(p)[i] = bf16_from_float(v);
-  if constexpr (kType == DType::kFp16) static_cast<uint16_t*>(p)[i] = fp16_from_float(v);
-  if constexpr (kType == DType::kFp32) static_cast<float*>(p)[i] = v;
-}
-
 template <class Vec, DType kType>
 void widen(const void* x, int64_t count, float factor, float* out) {
   const auto scale = Vec::set1(factor);
@@ -253,19 +267,14 @@ void narrow(const float* x, int64_t count, float factor, void* out) {
 template <class Vec, DType kType, DType kWeight>
 void scale_by_weight(const NormArgs& a, float factor) {
   const auto scale = Vec::set1(factor);
-  const auto weighted = [&](typename Vec::Reg x, typename Vec::Reg weight, int64_t i, int count) {
-    auto y = Vec::mul(x, scale);
-    if (a.round_before_weight) {
-      Vec::template store_part<kType>(a.y, i, y, count);
-      y = Vec::template load_part<kType>(a.y, i, count);
-    }
-    Vec::template store_part<kType>(a.y, i, Vec::mul(y, weight), count);
-  };
   for (int64_t i = 0; i < a.size; i += Vec::kLanes) {
-    const int count = static_cast<int>(a.size - i < Vec::kLanes ? a.size - i : Vec::kLanes);
-    const auto weight = count == Vec::kLanes ? Vec::template load_as<kWeight>(a.weight, i)
-                                             : Vec::template load_part<kWeight>(a.weight, i, count);
-    weighted(Vec::template load_part<DType::kFp32>(a.scratch, i, count), weight, i, count);
+    const int count = lanes_left<Vec>(i, a.size);
+    auto y = Vec::mul(load_first<Vec, DType::kFp32>(a.scratch, i, count), scale);
+    if (a.round_before_weight) {
+      store_first<Vec, kType>(a.y, i, y, count);
+      y = load_first<Vec, kType>(a.y, i, count);
+    }
+    store_first<Vec, kType>(a.y, i, Vec::mul(y, load_first<Vec, kWeight>(a.weight, i, count)), count);
   }
 }
 
@@ -273,16 +282,14 @@ template <class Vec, DType kType>
 void norm(const NormArgs& a) {
   auto squares = Vec::set1(0.0F);
   for (int64_t i = 0; i < a.size; i += Vec::kLanes) {
-    const int count = static_cast<int>(a.size - i < Vec::kLanes ? a.size - i : Vec::kLanes);
-    auto x = count == Vec::kLanes ? Vec::template load_as<kType>(a.x, i)
-                                  : Vec::template load_part<kType>(a.x, i, count);
+    const int count = lanes_left<Vec>(i, a.size);
+    auto x = load_first<Vec, kType>(a.x, i, count);
     if (a.residual != nullptr) {
-      x = Vec::add(x, count == Vec::kLanes ? Vec::template load_as<kType>(a.residual, i)
-                                           : Vec::template load_part<kType>(a.residual, i, count));
-      Vec::template store_part<kType>(a.sum, i, x, count);
+      x = Vec::add(x, load_first<Vec, kType>(a.residual, i, count));
+      store_first<Vec, kType>(a.sum, i, x, count);
     }
     squares = Vec::fma(x, x, squares);
-    Vec::template store_part<DType::kFp32>(a.scratch, i, x, count);
+    store_first<Vec, DType::kFp32>(a.scratch, i, x, count);
   }
   const float factor = 1.0F / __builtin_sqrtf(Vec::sum(squares) / static_cast<float>(a.size) + a.eps);
   if (a.weight_type == DType::kBf16) return scale_by_weight<Vec, kType, DType::kBf16>(a, factor);
@@ -292,14 +299,13 @@ void norm(const NormArgs& a) {
 
 template <class Vec, DType kType>
 void rotate(const RotateArgs& a) {
-  constexpr int kBytes = kType == DType::kFp32 ? 4 : 2;
   const int half = a.rotary_dim / 2;
   for (int64_t head = 0; head < a.heads; ++head) {
-    uint8_t* x = static_cast<uint8_t*>(a.x) + head * a.head_stride * kBytes;
+    uint8_t* x = static_cast<uint8_t*>(a.x) + head * a.head_stride * element_bytes(kType);
     const auto turn = [&](int i, int j, int c) {
       const float first = read_float<kType>(x, i), second = read_float<kType>(x, j);
-      store_one<kType>(x, i, first * a.cos[c] - second * a.sin[c]);
-      store_one<kType>(x, j, second * a.cos[c] + first * a.sin[c]);
+      store_float(x, kType, i, first * a.cos[c] - second * a.sin[c]);
+      store_float(x, kType, j, second * a.cos[c] + first * a.sin[c]);
     };
     int i = 0;
     if (a.halves) {
@@ -318,36 +324,24 @@ void rotate(const RotateArgs& a) {
 }
 
 template <class Vec, DType kType>
-void silu(const void* gates, const void* ups, int64_t count, void* out) {
-  for (int64_t i = 0; i < count; i += Vec::kLanes) {
-    const int rest = static_cast<int>(count - i < Vec::kLanes ? count - i : Vec::kLanes);
-    const bool full = rest == Vec::kLanes;
-    const auto g =
-        full ? Vec::template load_as<kType>(gates, i) : Vec::template load_part<kType>(gates, i, rest);
-    const auto up =
-        full ? Vec::template load_as<kType>(ups, i) : Vec::template load_part<kType>(ups, i, rest);
-    const auto e = exponential<Vec>(Vec::sub(Vec::set1(0.0F), g));
+void silu(const void* gates, const void* ups, int64_t size, void* out) {
+  for (int64_t i = 0; i < size; i += Vec::kLanes) {
+    const int count = lanes_left<Vec>(i, size);
+    const auto gate = load_first<Vec, kType>(gates, i, count), up = load_first<Vec, kType>(ups, i, count);
+    const auto e = exponential<Vec>(Vec::sub(Vec::set1(0.0F), gate));
     // Below -87 the exponential is at its bound, and silu is zero.
-    const auto activated = Vec::keep_from(g, Vec::set1(-87.0F), Vec::div(g, Vec::add(Vec::set1(1.0F), e)));
-    const auto y = Vec::mul(activated, up);
-    if (full) {
-      Vec::template store_as<kType>(out, i, y);
-    } else {
-      Vec::template store_part<kType>(out, i, y, rest);
-    }
+    const auto activated =
+        Vec::keep_from(gate, Vec::set1(-87.0F), Vec::div(gate, Vec::add(Vec::set1(1.0F), e)));
+    store_first<Vec, kType>(out, i, Vec::mul(activated, up), count);
   }
 }
 
 template <class Vec>
-Kernels make_kernels(const char* name) {
+Kernels make_kernels() {
   constexpr DType b = DType::kBf16, h = DType::kFp16, f = DType::kFp32;
-  return {name,
-          {attend<Vec, b>, attend<Vec, h>, attend<Vec, f>},
-          {dense<Vec, b>, dense<Vec, h>, dense<Vec, f>},
-          {norm<Vec, b>, norm<Vec, h>, norm<Vec, f>},
-          {rotate<Vec, b>, rotate<Vec, h>, rotate<Vec, f>},
-          {silu<Vec, b>, silu<Vec, h>, silu<Vec, f>},
-          {widen<Vec, b>, widen<Vec, h>, widen<Vec, f>},
+  return {{attend<Vec, b>, attend<Vec, h>, attend<Vec, f>}, {dense<Vec, b>, dense<Vec, h>, dense<Vec, f>},
+          {norm<Vec, b>, norm<Vec, h>, norm<Vec, f>},       {rotate<Vec, b>, rotate<Vec, h>, rotate<Vec, f>},
+          {silu<Vec, b>, silu<Vec, h>, silu<Vec, f>},       {widen<Vec, b>, widen<Vec, h>, widen<Vec, f>},
           {narrow<Vec, b>, narrow<Vec, h>, narrow<Vec, f>}};
 }
 

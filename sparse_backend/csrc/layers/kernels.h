@@ -73,7 +73,6 @@ struct RotateArgs {
 };
 
 struct Kernels {
-  const char* name;
   void (*attend[3])(const AttendArgs&);  // by DType of the cache
   void (*dense[3])(const DenseArgs&);    // by DType of the weight
   void (*norm[3])(const NormArgs&);      // by DType of x

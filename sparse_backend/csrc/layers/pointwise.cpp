@@ -11,8 +11,6 @@ namespace {
 // Elements that cost about as much as waking the thread pool.
 constexpr int64_t kSmall = 32768;
 
-int64_t bytes_of(DType type) { return type == DType::kFp32 ? 4 : 2; }
-
 }  // namespace
 
 const Kernels& kernels() {
@@ -31,7 +29,7 @@ const Kernels& kernels() {
 
 void rms_norm(const RmsNormArgs& a, const ThreadPool& pool) {
   const Kernels& k = kernels();
-  const int64_t row = a.size * bytes_of(a.type);
+  const int64_t row = a.size * element_bytes(a.type);
   parallel_ranges(pool, a.tokens, kSmall / (a.size + 1) + 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch memory;
     NormArgs n{};
@@ -59,7 +57,7 @@ void rotary_embedding(const RotaryArgs& a, const ThreadPool& pool) {
   parallel_ranges(pool, a.tokens, kSmall / work + 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       RotateArgs r{};
-      r.x = static_cast<uint8_t*>(a.x) + t * a.stride * bytes_of(a.type);
+      r.x = static_cast<uint8_t*>(a.x) + t * a.stride * element_bytes(a.type);
       r.heads = a.heads;
       r.head_stride = a.head_dim;
       r.rotary_dim = a.rotary_dim;
@@ -74,7 +72,7 @@ void rotary_embedding(const RotaryArgs& a, const ThreadPool& pool) {
 void silu_and_mul(const void* x, DType type, int64_t tokens, int64_t size, void* out,
                   const ThreadPool& pool) {
   const auto run = kernels().silu[static_cast<int>(type)];
-  const int64_t row = size * bytes_of(type);
+  const int64_t row = size * element_bytes(type);
   parallel_ranges(pool, tokens, kSmall / (size + 1) + 1, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) {
       const uint8_t* gates = static_cast<const uint8_t*>(x) + 2 * t * row;

@@ -5,7 +5,7 @@
 namespace sparse_backend::layers {
 
 const Kernels& scalar_kernels() {
-  static const Kernels kernels = make_kernels<ScalarVector>("scalar");
+  static const Kernels kernels = make_kernels<ScalarVector>();
   return kernels;
 }
 

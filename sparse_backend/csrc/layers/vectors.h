@@ -44,9 +44,7 @@ struct ScalarVector {
   }
   template <DType kType>
   static inline void store_as(void* p, int64_t i, Reg v) {
-    if constexpr (kType == DType::kBf16) static_cast<uint16_t*>(p)[i] = bf16_from_float(v);
-    if constexpr (kType == DType::kFp16) static_cast<uint16_t*>(p)[i] = fp16_from_float(v);
-    if constexpr (kType == DType::kFp32) static_cast<float*>(p)[i] = v;
+    store_float(p, kType, i, v);
   }
   template <DType kType>
   static inline void store_part(void* p, int64_t i, Reg v, int /*count*/) {

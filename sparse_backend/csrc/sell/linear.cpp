@@ -40,7 +40,7 @@ struct Call {
 // Columns of tokens, [column][stride], as floats or for integer values as int32.
 void prepare_batch(const Call& c, int64_t token, int tokens, int stride, uint8_t* out, float* x_scales) {
   const int64_t k = c.weight.header.in_features, padded = c.blocks() * kBlockColumns;
-  const int64_t element = unstructured::element_bytes(c.args.x_type);
+  const int64_t element = element_bytes(c.args.x_type);
   const uint8_t* x = static_cast<const uint8_t*>(c.args.x) + token * k * element;
   const int limit = unstructured::activation_limit(c.weight.header);
   const bool integer = unstructured::is_integer(c.weight.header.values);
@@ -81,7 +81,7 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
   uint8_t* prepared = prepared_memory.reserve(x_bytes + int64_t{kBatchTokens} * 4);
   float* x_scales = reinterpret_cast<float*>(prepared + x_bytes);
   if (gemv) {
-    const int64_t row_bytes = k * unstructured::element_bytes(c.args.x_type);
+    const int64_t row_bytes = k * element_bytes(c.args.x_type);
     const uint8_t* x = static_cast<const uint8_t*>(c.args.x) + token * row_bytes;
     for (int t = 0; t < tokens; ++t) {
       x_scales[t] = c.kernels.prepare(x + t * row_bytes, c.args.x_type, k, unstructured::activation_limit(h),

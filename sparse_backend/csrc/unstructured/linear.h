@@ -15,8 +15,6 @@ struct LinearArgs {
   void* y;  // [tokens, N], of x_type
 };
 
-inline int64_t element_bytes(DType type) { return type == DType::kFp32 ? 4 : 2; }
-
 // The largest magnitude of quantised activations.
 inline int activation_limit(const Header& h) { return h.activation_bits == 8 ? 127 : 32767; }
 
@@ -38,18 +36,7 @@ void store_results(const View& w, const LinearArgs& args, const float* x_scales,
                  load_as_float(args.x, args.x_type, (token + t) * k + w.escapes[e].column);
       }
       if (args.bias != nullptr) value += bias;
-      const int64_t at = (token + t) * n + row;
-      switch (args.x_type) {
-        case DType::kBf16:
-          static_cast<uint16_t*>(args.y)[at] = bf16_from_float(value);
-          break;
-        case DType::kFp16:
-          static_cast<uint16_t*>(args.y)[at] = fp16_from_float(value);
-          break;
-        case DType::kFp32:
-          static_cast<float*>(args.y)[at] = value;
-          break;
-      }
+      store_float(args.y, args.x_type, (token + t) * n + row, value);
     }
   }
 }
