@@ -139,13 +139,14 @@ else:
     raise AssertionError
 
 # A misspelt argument would never be refused; a default that is not allowed would refuse every start.
-import dataclasses
+import msgspec
 from sglang.srt.server_args import ServerArgs
 from sparse_backend.engines.sglang_cpu_limits import LIMITS
+fields = {field.name: field for field in msgspec.structs.fields(ServerArgs)}
 for limit in LIMITS:
-    assert hasattr(ServerArgs, limit.argument) or limit.argument in ServerArgs.__annotations__, limit
-    default = getattr(ServerArgs, limit.argument, None)
-    assert isinstance(default, property) or callable(default) or default in limit.allowed, (limit, default)
+    field = fields[limit.argument]
+    default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
+    assert default in limit.allowed, (limit, default)
 print("all checks passed")
 """
 
