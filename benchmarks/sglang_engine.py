@@ -7,20 +7,17 @@ The same random models, compute threads and quantisation, each in a process of i
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
-import signal
-import socket
 import statistics
 import subprocess
-import time
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import sglang_runner
 import vllm_runner
+from processes import serving
 from random_models import demo_config, llama_config, save_llama
 from rich.console import Console
 from rich.table import Table
@@ -75,7 +72,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                     results[contender].append(result)
             rows += report(name, batch, threads, results)
     if not args.no_serving:
-        rows += serving(args, folder)
+        rows += served(args, folder)
     return rows
 
 
@@ -120,42 +117,12 @@ def report(name: str, batch: int, threads: int, results: dict[str, list[dict[str
     return rows
 
 
-class Server:
-    """SGLang's own server, for a with block; `url` is where it listens."""
-
-    def __init__(self, model: Path, arguments: list[str], threads: int, log: Path) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.url, self.log = f"http://127.0.0.1:{port}", log
-        self.command = [sglang_runner.python(), "-m", "sglang.launch_server", "--model-path", str(model),
-                        "--host", "127.0.0.1", "--port", str(port), "--max-total-tokens", "16384",
-                        "--dtype", "bfloat16", *arguments]  # fmt: skip
-        self.environment = sglang_runner.environment(OMP_NUM_THREADS=str(threads))
-
-    def __enter__(self) -> Server:
-        with self.log.open("w") as out:
-            self.process = subprocess.Popen(self.command, env=self.environment, stdout=out, stderr=out)
-        deadline = time.monotonic() + 300
-        while self.process.poll() is None and time.monotonic() < deadline:
-            try:
-                with urllib.request.urlopen(f"{self.url}/health_generate", timeout=30):
-                    return self
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.5)
-        self.__exit__()
-        raise RuntimeError(f"the server did not start:\n{self.log.read_text()[-4000:]}")
-
-    def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
+def server_command(model: Path, arguments: list[str], port: int) -> list[str]:
+    return [sglang_runner.python(), "-m", "sglang.launch_server", "--model-path", str(model), "--host", "127.0.0.1",
+            "--port", str(port), "--max-total-tokens", "16384", "--dtype", "bfloat16", *arguments]  # fmt: skip
 
 
-def serving(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+def served(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Eight clients at a time: `sglang.bench_serving` with prompts of 128 and answers of 32 random tokens."""
     model = folder / "serving"
     save_llama(model, demo_config(args.layers, vocab=4096), sparsity=0.7)
@@ -166,10 +133,12 @@ def serving(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         title=f"sglang.bench_serving, 8 clients, {args.threads[0]} thread(s)", title_justify="left",
     )  # fmt: skip
     for engine, arguments in (("dense", []), ("sparse-compiled", ["--quantization", "sparse-compiled"])):
-        with Server(model, arguments, args.threads[0], folder / "server.log") as server:
+        environment = sglang_runner.environment(OMP_NUM_THREADS=str(args.threads[0]))
+        command_for = functools.partial(server_command, model, arguments)
+        with serving(command_for, environment, folder / "server.log", "/health_generate") as (url, _):
             out = folder / f"{engine}.jsonl"
             command = [sglang_runner.python(), "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url",
-                       server.url, "--model", str(model), "--dataset-name", "random-ids", "--num-prompts", "24",
+                       url, "--model", str(model), "--dataset-name", "random-ids", "--num-prompts", "24",
                        "--random-input-len", "128", "--random-output-len", "32", "--random-range-ratio", "1",
                        "--max-concurrency", "8", "--seed", "1", "--warmup-requests", "2",
                        "--output-file", str(out)]  # fmt: skip

@@ -8,14 +8,12 @@ SPARSE_BACKEND_TEST_SGLANG names (`make test` sets it), or that of .venv/sglang.
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from processes import answer_jobs, run_jobs
 
 DEFAULTS = {"SGLANG_PLATFORM": "sparse_cpu", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 
@@ -36,21 +34,7 @@ def environment(**more: str) -> dict[str, str]:
 
 def run(jobs: list[dict[str, Any]], timeout: float = 900, **variables: str) -> list[dict[str, Any]]:
     """Results in order: `tokens`, `memory`, `tokens_per_s`, ... or `error`; all carry `log`."""
-    with tempfile.TemporaryDirectory() as folder:
-        spec, out = Path(folder) / "jobs.json", Path(folder) / "results.json"
-        spec.write_text(json.dumps(jobs))
-        with (Path(folder) / "log.txt").open("w+") as log:
-            command = [python(), str(Path(__file__).resolve()), str(spec), str(out)]
-            env = environment(**variables)
-            code = subprocess.run(command, env=env, cwd=folder, stdout=log, stderr=log, timeout=timeout, check=False)
-            log.seek(0)
-            text = log.read()
-        if not out.exists():
-            raise RuntimeError(f"the engine process ended with {code.returncode} before its results:\n{text[-6000:]}")
-        results: list[dict[str, Any]] = json.loads(out.read_text())
-        for result in results:
-            result["log"] = text
-        return results
+    return run_jobs(python(), __file__, jobs, environment(**variables), timeout)
 
 
 def _anonymous_of_children() -> int:
@@ -136,22 +120,5 @@ def _job(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    results = []
-    for job in json.loads(Path(sys.argv[1]).read_text()):
-        try:
-            results.append(_job(job))
-        except BaseException as error:
-            import traceback
-
-            traceback.print_exc()
-            if not job.get("may_fail"):
-                raise
-            results.append({"error": f"{type(error).__name__}: {error}"})
-    part = Path(sys.argv[2]).with_suffix(".part")
-    part.write_text(json.dumps(results))
-    part.rename(sys.argv[2])
-
-
 if __name__ == "__main__":
-    main()
+    answer_jobs(_job)

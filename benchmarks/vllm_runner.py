@@ -9,14 +9,13 @@ tests, the demo and the benchmarks:
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+from processes import answer_jobs, run_jobs
 
 DEFAULTS = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -31,22 +30,7 @@ DEFAULTS = {
 
 def run(jobs: list[dict[str, Any]], timeout: float = 900, **environment: str) -> list[dict[str, Any]]:
     """Results in order: `tokens`, `logprobs`, `rss`, `speed`, ... or `error`; all carry `log`."""
-    with tempfile.TemporaryDirectory() as folder:
-        spec, out = Path(folder) / "jobs.json", Path(folder) / "results.json"
-        spec.write_text(json.dumps(jobs))
-        with (Path(folder) / "log.txt").open("w+") as log:
-            command = [sys.executable, str(Path(__file__).resolve()), str(spec), str(out)]
-            env = {**DEFAULTS, **os.environ, **environment}
-            # Not in the caller's folder: the installed package is what is tested.
-            code = subprocess.run(command, env=env, cwd=folder, stdout=log, stderr=log, timeout=timeout, check=False)
-            log.seek(0)
-            text = log.read()
-        if not out.exists():
-            raise RuntimeError(f"the engine process ended with {code.returncode} before its results:\n{text[-6000:]}")
-        results: list[dict[str, Any]] = json.loads(out.read_text())
-        for result in results:
-            result["log"] = text
-        return results
+    return run_jobs(sys.executable, __file__, jobs, {**DEFAULTS, **os.environ, **environment}, timeout)
 
 
 def _resident() -> int:
@@ -155,23 +139,5 @@ def _job(job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def main() -> None:
-    spec, out = Path(sys.argv[1]), Path(sys.argv[2])
-    results = []
-    for job in json.loads(spec.read_text()):
-        try:
-            results.append(_job(job))
-        except Exception as error:
-            import traceback
-
-            traceback.print_exc()
-            if not job.get("may_fail"):
-                raise
-            results.append({"error": f"{type(error).__name__}: {error}"})
-    temporary = out.with_suffix(".part")
-    temporary.write_text(json.dumps(results))
-    temporary.rename(out)
-
-
 if __name__ == "__main__":
-    main()
+    answer_jobs(_job)

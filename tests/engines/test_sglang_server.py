@@ -6,8 +6,6 @@ import concurrent.futures
 import json
 import os
 import shutil
-import signal
-import socket
 import subprocess
 import time
 
@@ -15,51 +13,28 @@ import httpx
 import psutil
 import pytest
 import sglang_runner
+from processes import serving
 from test_vllm import TIE
 
 CLIENTS = 32
 
 
-def server_command(model, *args):
-    return [sglang_runner.python(), "-m", "sparse_backend.cli", "serve", str(model), "--engine", "sglang", "--", *args]
-
-
 @pytest.fixture(scope="module")
 def server(python_lm_50, tmp_path_factory):
     """(url, pid) of the server."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    log_path = tmp_path_factory.mktemp("server") / "log.txt"
-    command = server_command(python_lm_50, "--host", "127.0.0.1", "--port", str(port), "--max-total-tokens", "16384")
+
+    def command(port):
+        args = ["--host", "127.0.0.1", "--port", str(port), "--max-total-tokens", "16384"]
+        serve = ["-m", "sparse_backend.cli", "serve", str(python_lm_50), "--engine", "sglang", "--"]
+        return [sglang_runner.python(), *serve, *args]
+
     env = {k: v for k, v in sglang_runner.environment().items() if k != "SGLANG_PLATFORM"}  # `serve` chooses it
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            command, env=env, stdout=log, stderr=log, cwd=log_path.parent, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, log_path.read_text()[-4000:]
-            assert time.monotonic() < deadline, log_path.read_text()[-4000:]
-            try:
-                if httpx.get(f"{url}/health_generate", timeout=20).status_code == 200:
-                    break
-            except httpx.HTTPError:
-                time.sleep(0.5)
-        yield url, process.pid
-    finally:
-        children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
-        _, alive = psutil.wait_procs(children, timeout=20)
-        for child in alive:
-            child.kill()
-        assert not alive, "the server left processes behind"
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    with serving(command, env, log, "/health_generate") as (url, pid):
+        yield url, pid
+        children = psutil.Process(pid).children(recursive=True)
+    _, alive = psutil.wait_procs(children, timeout=20)
+    assert not alive, "the server left processes behind"
 
 
 def request(i):

@@ -5,16 +5,14 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
 
 import httpx
 import pytest
 import reference
 from bitnet_models import TERNARY
+from processes import serving
 from test_vllm import TIE, assert_same_tokens, overrides
 from vllm_runner import DEFAULTS, run
 
@@ -55,37 +53,15 @@ def test_tensor_parallel_size_2_of_a_bitnet_model():
 
 @pytest.fixture(scope="module")
 def server(python_lm_50, tmp_path_factory):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    log_path = tmp_path_factory.mktemp("server") / "log.txt"
-    args = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "256",
-            "--dtype", "bfloat16", "--served-model-name", "lm"]  # fmt: skip
-    command = [sys.executable, "-m", "sparse_backend.cli", "serve", str(python_lm_50), "--", *args]
-    env = {**os.environ, **DEFAULTS, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    with log_path.open("w") as log:
-        process = subprocess.Popen(
-            command, env=env, stdout=log, stderr=log, cwd=log_path.parent, start_new_session=True
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        deadline = time.monotonic() + 240
-        while True:
-            assert process.poll() is None, log_path.read_text()[-4000:]
-            assert time.monotonic() < deadline, log_path.read_text()[-4000:]
-            try:
-                if httpx.get(f"{url}/health").status_code == 200:
-                    break
-            except httpx.TransportError:
-                time.sleep(0.5)
-        yield url, log_path
-    finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+
+    def command(port):
+        args = ["--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--max-model-len", "256",
+                "--dtype", "bfloat16", "--served-model-name", "lm"]  # fmt: skip
+        return [sys.executable, "-m", "sparse_backend.cli", "serve", str(python_lm_50), "--", *args]
+
+    with serving(command, {**os.environ, **DEFAULTS, "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}, log) as (url, _):
+        yield url, log
 
 
 def complete(url, prompt, **extra):
