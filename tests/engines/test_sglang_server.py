@@ -119,6 +119,14 @@ def test_openai_completion(server):
     assert reply.json()["usage"]["completion_tokens"] >= 1
 
 
+def test_packed_weights_are_not_swapped_while_it_serves(server, python_lm_50):
+    """SGLang would write the norms, find no weight to write in the projections, and say that it succeeded."""
+    url, _ = server
+    reply = httpx.post(f"{url}/update_weights_from_disk", json={"model_path": str(python_lm_50)}, timeout=120).json()
+    assert not reply["success"]
+    assert "sparse-compiled weights are packed" in reply["message"]
+
+
 def launch(folder, *args):
     """Exit code, output and seconds of a server that cannot start."""
     start = time.monotonic()
