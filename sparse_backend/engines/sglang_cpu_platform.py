@@ -24,8 +24,10 @@ from . import sglang_cpu_limits as limits
 logger = logging.getLogger(__name__)
 
 NAME = limits.NAME
-# Of the memory that is free at the start, for weights and KV cache; pages are taken as tokens fill them.
+# Of the memory that is free at the start, for weights and KV cache together.
 MEMORY_FRACTION = 0.8
+# For the KV cache: SGLang fills it with zeros at once, so what it does not need is better left to others.
+CACHE_FRACTION, CACHE_BYTES = 0.25, 16 * 2**30
 BIND_VARIABLE = "SGLANG_CPU_OMP_THREADS_BIND"
 
 
@@ -167,14 +169,30 @@ def bind_threads(original: Callable[..., None], *args: Any, **kwargs: Any) -> No
     logger.info("%s: %d thread(s) on cores %s", NAME, torch.get_num_threads(), ",".join(map(str, cores)))
 
 
+def cache_tokens(model: Any, tp_size: int, available: int) -> int:
+    """How many tokens' K and V to keep on each of `tp_size` ranks, of a machine with `available` free bytes."""
+    heads = model.get_num_kv_heads(tp_size)
+    width = model.head_dim + (getattr(model, "v_head_dim", None) or model.head_dim)
+    per_token = int(model.num_hidden_layers * heads * width * torch.empty(0, dtype=model.dtype).element_size())
+    share = min(int(available * CACHE_FRACTION), CACHE_BYTES) // tp_size
+    return max(1, share // max(1, per_token))
+
+
 def check_model(server_args: Any, previous: Callable[[Any], None]) -> None:
-    """SGLang's step that looks at the model: refuse the kinds that cannot run here."""
+    """SGLang's step that looks at the model: refuse the kinds that cannot run here, size the KV cache."""
     from sglang.srt.arg_groups.model_override_base import model_config_of
+    from sglang.srt.arg_groups.overrides import declare_resolution
     from sglang.srt.platforms import current_platform
 
     previous(server_args)
-    if current_platform.device_name == NAME and not str(server_args.model_path).startswith("instance://"):
-        limits.check_model(model_config_of(server_args))
+    if current_platform.device_name != NAME or str(server_args.model_path).startswith("instance://"):
+        return
+    model = model_config_of(server_args)
+    limits.check_model(model)
+    given = server_args._raw_input
+    if given.get("max_total_tokens") is None and given.get("mem_fraction_static") is None:
+        tokens = cache_tokens(model, server_args.tp_size, psutil.virtual_memory().available)
+        declare_resolution(server_args, NAME, max_total_tokens=tokens)
 
 
 def register_hooks() -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 
+import psutil
 import pytest
 import reference
 import sglang_runner
@@ -45,7 +47,7 @@ def results(python_lm_50, pruned_50, python_lm, tmp_path_factory):
     }
     small = {"chunked_prefill_size": 16, "page_size": 1}
     sglang = {
-        "dense": ("dense", {**job(pruned_50), "args": {"attention_backend": "torch_native"}}),
+        "dense": ("dense", {**job(pruned_50), "args": {"attention_backend": "torch_native", "max_total_tokens": None}}),
         "flag": ("dense", {**job(pruned_50), "args": FLAG, "times": 2}),
         "compiled": ("dense", {**job(python_lm_50), "args": {**small, "enable_mixed_chunk": True}, "times": 2}),
         "ternary": ("ternary", {**job(ternary), "args": FLAG}),
@@ -75,6 +77,14 @@ def test_a_compiled_checkpoint_in_chunks_is_the_converted_model(results):
     for result in (flag, compiled):
         assert sum(result["again_cached"]) > 0
         assert_same_tokens(result, {"tokens": result["again_tokens"]})
+
+
+def test_the_cache_leaves_memory_to_others(results, pruned_50):
+    """By default: SGLang fills it with zeros at the start."""
+    config = json.loads((pruned_50 / "config.json").read_text())
+    per_token = 2 * 2 * config["num_hidden_layers"] * config["num_key_value_heads"] * config["head_dim"]
+    (most,) = {int(n) for n in re.findall(r"max_total_num_tokens=(\d+)", results["dense"][0]["log"])} - {4096}
+    assert per_token * most <= psutil.virtual_memory().total / 4
 
 
 def ranks_log(results):
