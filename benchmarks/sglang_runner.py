@@ -33,24 +33,8 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def run(jobs: list[dict[str, Any]], timeout: float = 900, **variables: str) -> list[dict[str, Any]]:
-    """Results in order: `tokens`, `memory`, `tokens_per_s`, ... or `error`; all carry `log`."""
+    """Results in order: `tokens`, `load_s`, `tokens_per_s`, ... or `error`; all carry `log`."""
     return run_jobs(python(), __file__, jobs, environment(**variables), timeout)
-
-
-def _anonymous_of_children() -> int:
-    """Resident bytes that are not pages of files, of SGLang's scheduler processes."""
-    import psutil
-
-    total = 0
-    for child in psutil.Process().children(recursive=True):
-        try:
-            name = " ".join([child.name(), *child.cmdline()])
-            status = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-        except (psutil.Error, OSError):  # it has just ended
-            continue
-        if "scheduler" in name:
-            total += sum(int(line.split()[1]) * 1024 for line in status if line.startswith("RssAnon:"))
-    return total
 
 
 def _rates(engine: Any, prompts: list[list[int]], tokens: int, repeats: int) -> list[float]:
@@ -96,7 +80,7 @@ def _job(job: dict[str, Any]) -> dict[str, Any]:
     start = time.perf_counter()
     args = {"dtype": "bfloat16", "max_total_tokens": 4096, "log_level": "info", **job.get("args", {})}
     engine = sglang.Engine(model_path=job["model"], **args)
-    result: dict[str, Any] = {"load_s": time.perf_counter() - start, "memory": _anonymous_of_children()}
+    result: dict[str, Any] = {"load_s": time.perf_counter() - start}
     try:
         for again in range(job.get("times", 1)):  # the second time, prompts are in the prefix cache
             if "prompts" in job:
