@@ -4,8 +4,9 @@ VENVS  ?= .venv
 VLLM   := $(VENVS)/vllm/bin
 
 SGLANG := $(VENVS)/sglang/bin
+PRUNE  := $(VENVS)/prune/bin
 
-.PHONY: help env-vllm env-sglang demo test test-quick test-asan bench lint format clean
+.PHONY: help env-vllm env-sglang env-prune env-browser demo test test-quick test-asan bench lint format clean
 
 help:
 	@echo "make demo        serve a pruned model dense and compiled; ends in a table (8 minutes)"
@@ -16,6 +17,8 @@ help:
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make env-vllm    only create $(VENVS)/vllm; VENVS=DIR keeps it elsewhere"
 	@echo "make env-sglang  also create $(VENVS)/sglang (11 GB)"
+	@echo "make env-prune   also create $(VENVS)/prune: llm-compressor, for method sparsegpt (1.5 GB)"
+	@echo "make env-browser install Debian's chromium if no Chromium or Chrome is there (root or sudo)"
 
 env-vllm:
 	@$(PYTHON) tools/make_env.py vllm $(VENVS)/vllm
@@ -24,20 +27,28 @@ env-vllm:
 env-sglang: env-vllm
 	@$(PYTHON) tools/make_env.py sglang $(VENVS)/sglang
 
+# llm-compressor and vLLM want different versions of compressed-tensors.
+env-prune:
+	@$(PYTHON) tools/make_env.py prune $(VENVS)/prune
+
+env-browser:
+	@$(PYTHON) tools/browser.py --install
+
 demo: env-vllm
 	@$(VLLM)/python benchmarks/demo.py
 
-test: env-vllm env-sglang
-	@SPARSE_BACKEND_TEST_SGLANG=$(abspath $(SGLANG)/python) $(VLLM)/python -m pytest
+test: env-vllm env-sglang env-prune env-browser
+	@SPARSE_BACKEND_TEST_SGLANG=$(abspath $(SGLANG)/python) SPARSE_BACKEND_PRUNE_PYTHON=$(abspath $(PRUNE)/python) \
+	    $(VLLM)/python -m pytest
 
-test-quick: env-vllm
+test-quick: env-vllm env-browser
 	@$(VLLM)/python -m pytest --ignore=tests/engines
 
 test-asan: env-vllm
 	@$(VLLM)/python tools/run_asan.py
 
 # llama.cpp is a peer: compiled once for this machine, which takes minutes.
-bench: env-vllm env-sglang
+bench: env-vllm env-sglang env-prune
 	@$(VLLM)/python -m pip install --quiet "$$(ls build/wheel/*.whl)[bench]"
 	@$(VLLM)/python benchmarks/kernels.py --save kernels
 	@$(VLLM)/python benchmarks/kernels.py --zeros 0.75 --shapes "llama3-8b o" --no-peers --seconds 0.5 \
@@ -48,7 +59,7 @@ bench: env-vllm env-sglang
 	@$(VLLM)/python benchmarks/engine.py --zeros 0.5 0.9 --save engine
 	@SPARSE_BACKEND_TEST_SGLANG=$(abspath $(SGLANG)/python) $(VLLM)/python benchmarks/engine.py --engine sglang \
 	    --save sglang
-	@$(VLLM)/python benchmarks/quality.py --save quality
+	@SPARSE_BACKEND_PRUNE_PYTHON=$(abspath $(PRUNE)/python) $(VLLM)/python benchmarks/quality.py --save quality
 
 lint: env-vllm
 	@$(VLLM)/ruff check .

@@ -89,3 +89,23 @@ def of_quality(name: str, rows: Rows) -> Path:
         )
     axes.set(xlabel="megabytes of projections", ylabel="perplexity", title="shipped model python-lm", yscale="log")
     return _save(figure, name)
+
+
+def of_pruning(name: str, rows: Rows) -> Path:
+    """Perplexity against sparsity, a line or a point per way of pruning."""
+    figure, axes = plt.subplots(figsize=(8, 5))
+    dense = next(r["perplexity"] for r in rows if r["method"] == "dense")
+    axes.axhline(dense, color="k", linestyle="--", label="dense")
+    pruned = [r for r in rows if r["method"] != "dense"]
+    for way in dict.fromkeys((r["method"], r["pattern"], r["allocation"]) for r in pruned):
+        mine = [r for r in pruned if (r["method"], r["pattern"], r["allocation"]) == way]
+        label = f"{way[0]}, {way[1]}" + (", equal error" if way[2] == "error" else "")
+        lost = [r["perplexity"] for r in mine if r["perplexity"] > 10 * dense]  # would flatten all the others
+        if lost:
+            axes.plot([], [], " ", label=f"{label}: {', '.join(f'{p:.0f}' for p in lost)}, not drawn")
+            continue
+        marker = "o-" if way[1] == "unstructured" else "s"
+        axes.plot([r["sparsity"] for r in mine], [r["perplexity"] for r in mine], marker, label=label, markersize=5)
+    axes.set(xlabel="share of weights pruned", ylabel="perplexity", title="shipped model python-lm", yscale="log")
+    axes.legend(fontsize=8)
+    return _save(figure, name)

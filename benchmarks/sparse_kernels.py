@@ -15,25 +15,32 @@ from shapes import SHAPES
 import sparse_backend as sb
 from sparse_backend.kernels import registry
 
-# (format, values) of ours.
-OURS = tuple((form, values) for form in ("bitmask", "sell") for values in ("bf16", "bf16x12", "int8", "int4"))
+# (format, values) of ours; the last three store every weight, zeros too.
+OURS = (
+    *((form, values) for form in ("bitmask", "sell") for values in ("bf16", "bf16x12", "int8", "int4")),
+    ("bf16x12", "bf16x12"), ("int8", "int8"), ("int4", "int4"),
+)  # fmt: skip
 DENSE = ("F.linear", "onednn_mm")
 
 
 def ours(weight: torch.Tensor, form: str, values: str) -> Contender:
-    packed = sb.pack(weight, format=form, values=values)
-    machine_form = packed.lower()
-    op, n = registry.kernel(form).function(), weight.shape[0]
-
-    def call() -> Call:
-        buffer = machine.huge(torch.empty_like(machine_form.tensors["packed"]))
-        buffer.copy_(machine_form.tensors["packed"])
-        return lambda x: op(x, buffer, None, n)
-
-    contender = Contender(f"{form} {values}", copies(machine_form.nbytes, call), machine_form.nbytes)
+    packed = sb.pack(weight, format=form, values=None if form == values else values)
+    name = form if form == values else f"{form} {values}"
+    contender = machine_contender(name, packed.lower())
     if values in ("int8", "int4"):
         contender.reference = packed.unpack()
     return contender
+
+
+def machine_contender(name: str, weight: sb.MachineWeight) -> Contender:
+    """A format of ours, over copies of its machine form in huge pages."""
+    row, n = registry.kernel(weight.format), weight.shape[0]
+
+    def call() -> Call:
+        tensors = [machine.huge(torch.empty_like(t)).copy_(t) for t in weight.tensors.values()]
+        return lambda x: row.call(x, tensors, None, n)
+
+    return Contender(name, copies(weight.nbytes, call), weight.nbytes)
 
 
 def quantised_peers(weight: torch.Tensor) -> list[Contender]:

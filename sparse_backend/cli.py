@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .errors import OptionError, SparseBackendError
-from .report import human_bytes
+from .commands.analyze import analyze
+from .commands.base import clean_errors as _clean_errors
+from .commands.base import err, out
+from .commands.plan import calibrate, plan
+from .errors import OptionError
+from .report import Report, human_bytes
 
 app = typer.Typer(
     help="Serve pruned language models smaller and faster: convert, look inside, check the machine, serve.",
@@ -23,20 +26,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out = Console()
-err = Console(stderr=True)
-
-
-def _clean_errors(command: Callable[..., None]) -> Callable[..., None]:
-    @functools.wraps(command)
-    def wrapped(*args: Any, **kwargs: Any) -> None:
-        try:
-            command(*args, **kwargs)
-        except SparseBackendError as error:
-            err.print(f"error: {error}", style="red", highlight=False, soft_wrap=True, markup=False)
-            raise typer.Exit(2) from None
-
-    return wrapped
 
 
 def _version(show: bool) -> None:
@@ -75,17 +64,46 @@ def compile_command(
     target: Annotated[
         Path, typer.Argument(metavar="OUT", help="Folder to create; must not exist.", show_default=False)
     ],
+    recipe: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="F",
+            help="Options from a YAML or JSON file, same keys as in config.json. Flags given here win over it.",
+        ),
+    ] = None,
     sparsity: Annotated[
         float | None,
-        typer.Option(help="Prune this share of every output row first (lossy). Default: keep the zeros there are."),
+        typer.Option(help="Prune this share of the weights first (lossy). Default: keep the zeros there are."),
     ] = None,
-    method: Annotated[str, typer.Option(help="How pruning ranks weights: magnitude.")] = "magnitude",
-    format: Annotated[
-        str,
+    method: Annotated[
+        str | None,
+        typer.Option(help="How to prune: magnitude, or wanda or sparsegpt with --calibration. Default: magnitude."),
+    ] = None,
+    pattern: Annotated[
+        str | None,
         typer.Option(
-            help="auto (the fastest lossless), bitmask, sell, ternary or int8 (both round, unless exact), or dense."
+            help="Which zeros: unstructured, 2:4, 4:8, 8:16, block:16x16, block:32x32. Default: unstructured."
         ),
-    ] = "auto",
+    ] = None,
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help="uniform: --sparsity for every projection; error: the same error, --sparsity on average. "
+            "Default: uniform."
+        ),
+    ] = None,
+    calibration: Annotated[
+        Path | None,
+        typer.Option(metavar="F", help="Plain text for wanda and sparsegpt, of the kind the model is used for."),
+    ] = None,
+    calibration_tokens: Annotated[int | None, typer.Option(help="Tokens of it to use at most. Default: 32768.")] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(
+            help="auto (the fastest lossless), bitmask, sell, ternary or int8 (both round, unless exact), or dense. "
+            "Default: auto."
+        ),
+    ] = None,
     values: Annotated[
         str | None,
         typer.Option(
@@ -105,8 +123,9 @@ def compile_command(
         typer.Option(help="Of ternary, int8 and int4 weights: keep, or int8 per token. Default: as trained."),
     ] = None,
     lm_head: Annotated[
-        str, typer.Option(help="keep, or int8: the engine rounds the output head as it loads.")
-    ] = "keep",
+        str | None,
+        typer.Option(help="keep, or int8: the engine rounds the output head as it loads. Default: keep."),
+    ] = None,
     to: Annotated[
         str,
         typer.Option(help="sparse-compiled, or bitnet: Hugging Face's packing, which transformers reads too."),
@@ -120,53 +139,95 @@ def compile_command(
             help='Per-module options, repeatable, first match wins: \'{"match": "*.down_proj", "sparsity": 0.7}\''
         ),
     ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read and pack everything, print the plan and sizes; write nothing.")
+    ] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read OUT back and compare every tensor with MODEL before it appears.")
+    ] = False,
 ) -> None:
     """Convert a checkpoint once; OUT is then served with no flag at all.
 
     Reads MODEL tensor by tensor and never changes it. Without --sparsity and --format the result
-    computes exactly what MODEL computes. OUT appears only when it is complete.
+    computes exactly what MODEL computes. OUT appears only when it is complete. What an interrupted
+    run finished is kept in .OUT.incomplete; the same command goes on from there.
 
     Examples: sparse-backend compile ./llama ./llama-50 --sparsity 0.5;
-    sparse-backend compile ./bitnet-b1.58 ./bitnet-compiled;
+    sparse-backend compile ./llama ./llama-50 --recipe half.yaml --dry-run;
     sparse-backend compile ./bitnet-compiled ./bitnet-hf --to bitnet
     """
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .compiler.compile import compile_checkpoint
+    from .compiler import recipe as recipes
+    from .compiler.compile import compile_checkpoint, plan_checkpoint
+    from .compiler.pruning.text import DEFAULT_TOKENS, Calibration
     from .options import Options
 
-    options = Options(
-        format=format, values=values, sparsity=sparsity, method=method,
-        bits=bits, group_size=group_size, activations=activations, lm_head=lm_head,
-        ignore=tuple(ignore or ()), rules=_rules(rule or []),
-    )  # fmt: skip
+    given = {
+        "format": format, "values": values, "sparsity": sparsity, "method": method,
+        "pattern": pattern, "allocation": allocation,
+        "bits": bits, "group_size": group_size, "activations": activations, "lm_head": lm_head,
+        "ignore": ignore or None, "rules": _rules(rule) if rule else None,
+    }  # fmt: skip
+    keys = recipes.read(recipe) if recipe is not None else {}
+    options = Options.from_dict({**keys, **{key: value for key, value in given.items() if value is not None}})
+    if calibration is None and calibration_tokens is not None:
+        raise OptionError("--calibration-tokens says how much of --calibration FILE to use; pass that too")
+    text = None
+    if calibration is not None:
+        text = Calibration(calibration, DEFAULT_TOKENS if calibration_tokens is None else calibration_tokens)
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=err, transient=True) as bar:
         task = bar.add_task("compiling", total=None)
 
-        def progress(done: int, total: int, name: str) -> None:
-            bar.update(task, completed=done, total=total, description=name[-40:])
+        def progress(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=what[-50:])
 
-        report = compile_checkpoint(model, target, options, progress, layout=to)
-    table = Table("format", "projections", "before", "after", title=escape(str(target)), title_justify="left")
+        def say(text: str) -> None:
+            bar.console.print(text, style="yellow", highlight=False, soft_wrap=True, markup=False)
+
+        try:
+            if dry_run:
+                report = plan_checkpoint(model, options, progress, to, say, text)
+            else:
+                command = shlex.join(["sparse-backend", *sys.argv[1:]])
+                report = compile_checkpoint(
+                    model, target, options, progress, layout=to, verify=verify, say=say,
+                    command=command, calibration=text,
+                )  # fmt: skip
+        except KeyboardInterrupt:
+            say("interrupted; shards that are whole are kept, the same command goes on from them")
+            raise typer.Exit(130) from None
+    _show_plan(report, target, dry_run)
+    if dry_run:
+        return
+    if verify:
+        out.print("verified: every tensor is what it was made from", highlight=False)
+    out.print(f"Serve it: sparse-backend serve {target}", highlight=False, markup=False)
+
+
+def _show_plan(report: Report, target: Path, dry_run: bool) -> None:
+    title = f"{target} (not written)" if dry_run else str(target)
+    table = Table("format", "projections", "before", "after", title=escape(title), title_justify="left")
     for name, (count, before, after) in report.by_format().items():
         table.add_row(name, str(count), human_bytes(before), human_bytes(after))
     out.print(table)
     for reason, count in report.dense_reasons().items():
         out.print(f"dense: {count} x {reason}", highlight=False)
+    out.print(f"all tensors: {human_bytes(report.total_bytes)}", highlight=False)
     for what, count in report.changed.items():
         out.print(
             f"{count} projections {what}: this model differs from the original; check its quality before serving it.",
             highlight=False,
         )
-    out.print(f"Serve it: sparse-backend serve {target}", highlight=False, markup=False)
 
 
 @app.command()
 @_clean_errors
 def inspect(
     model: Annotated[Path, typer.Argument(help="Compiled (or plain) checkpoint folder.", show_default=False)],
-    modules: Annotated[bool, typer.Option("--modules", help="One row per module.")] = False,
+    modules: Annotated[bool, typer.Option("--modules", help="One row per projection.")] = False,
+    kinds: Annotated[bool, typer.Option("--kinds", help="One row per kind (q_proj, ...) and format.")] = False,
     verify: Annotated[
         bool, typer.Option("--verify", help="Also read every packed tensor and check its checksum.")
     ] = False,
@@ -185,15 +246,18 @@ def inspect(
     )
     if info.options:
         out.print(f"options: {json.dumps(info.options)}", highlight=False, markup=False)
-    table = Table("module" if modules else "format", "modules", "shape", "zeros", "bits/weight", "dense", "packed")
-    rows = info.rows if modules else info.by_format()
+    if modules:
+        first, rows = "module", [*info.rows, *info.dense_rows]
+    else:
+        first, rows = ("kind", info.by_kind()) if kinds else ("format", info.by_format())
+    table = Table(first, "modules", "shape", "zeros", "density", "bits/weight", "dense", "stored")
     for row in rows:
-        zeros = "-" if row.zeros is None else f"{row.zeros:.1%}"
+        shares = ["-" if share is None else f"{share:.1%}" for share in (row.zeros, row.density)]
         table.add_row(
-            row.name, str(row.count), row.shape, zeros, f"{row.bits_per_weight:.2f}",
+            row.name, str(row.count), row.shape, *shares, f"{row.bits_per_weight:.2f}",
             human_bytes(row.dense_bytes), human_bytes(row.packed_bytes),
         )  # fmt: skip
-    if info.rows:
+    if rows:
         out.print(table)
     if verify:
         out.print("all checksums match", highlight=False)
@@ -272,6 +336,10 @@ def patch(
         typer.echo("not patched: nothing to do" if reverse else "already patched: nothing to do")
     elif not dry_run:
         typer.echo("patch taken out" if reverse else f"patched: {report.patch.gives}")
+
+
+for _command in (analyze, plan, calibrate):
+    app.command()(_command)
 
 
 def main() -> None:

@@ -16,19 +16,22 @@ QUANT_METHOD = "sparse-compiled"
 # What each option may be today. The design names more (nm, sell, wanda, ...): a value
 # joins its row here in the change that builds it.
 CHOICES: dict[str, tuple[Any, ...]] = {
-    "format": ("auto", "dense", "bitmask", "sell", "ternary", "int8"),
+    "format": ("auto", "dense", "bitmask", "sell", "nm", "block", "ternary", "bf16x12", "int8", "int4"),
     "values": (None, "bf16", "fp16", "bf16x12", "int8", "int4"),
     "bits": (None, 2, 1.6),
-    "method": ("magnitude",),
-    "pattern": ("unstructured",),
+    "method": ("magnitude", "wanda", "sparsegpt"),
+    "pattern": ("unstructured", "2:4", "4:8", "8:16", "block:16x16", "block:32x32"),
+    "allocation": ("uniform", "error"),
     "group_size": (None, 32, 64, 128, 256),
     "activations": (None, "keep", "int8"),
-    "batch": (1,),
     "lm_head": ("keep", "int8"),
 }
 
 # Decided when a checkpoint is compiled; loading it cannot change them any more.
-COMPILE_TIME_KEYS = ("values", "bits", "sparsity", "method", "pattern", "group_size")
+COMPILE_TIME_KEYS = ("values", "bits", "sparsity", "method", "pattern", "allocation", "group_size")
+
+# Patterns that keep N of M consecutive columns, and thereby say the sparsity: (N, M).
+NM_PATTERNS = {"2:4": (2, 4), "4:8": (4, 8), "8:16": (8, 16)}
 
 _NOT_IN_RULES = ("rules", "ignore", "lm_head")
 
@@ -66,15 +69,19 @@ class Options:
         values: of sparse formats: None keeps the weight's own dtype; `bf16` and `fp16` convert; `bf16x12` stores
             bf16 in 12 bits, losslessly; `int8` and `int4` round to a scale per row or group, blind to the zeros.
         bits: storage bits of ternary weights, 2 or 1.6; None lets the plan choose.
-        sparsity: share of weights to prune per output row, 0 <= s < 1; None prunes nothing.
-        method: how pruning ranks weights.
-        pattern: which zero patterns pruning makes.
+        sparsity: share of weights to prune, 0 <= s < 1: of every output row, or with blocks of the whole weight.
+            None prunes nothing, but for N:M patterns, which say it themselves.
+        method: how pruning ranks weights: `magnitude`; `wanda` and `sparsegpt` calibrate on text, when compiling.
+        pattern: which zeros pruning makes: `unstructured`; `2:4`, `4:8`, `8:16` keep N of M consecutive columns;
+            `block:16x16`, `block:32x32` prune whole blocks.
+        allocation: `uniform` gives every projection its `sparsity`; `error`, when compiling, gives those of one
+            sparsity the same relative error, and `sparsity` on average.
         group_size: columns per scale when `format` ternary rounds a weight (None: one per weight), or of values
             int8 (None: one per row) and int4 (None: 128).
         activations: of layers with ternary, int8 or int4 weights. `int8` makes them int8 per token, `keep` computes
             with 22 bits (int8 and int4 values: 16) below the token's largest; None does what the checkpoint was
             trained with (int8 for BitNet, else keep).
-        batch: tokens per step to plan for (the planner knows only 1).
+        batch: tokens per step to plan for.
         lm_head: `keep` leaves the output head as it is; `int8` rounds it (int8 weights, a scale per row).
         ignore: HF module names left dense; fnmatch patterns or `re:...`.
         rules: `{"match": pattern, key: value, ...}`; the first match overrides options.
@@ -89,6 +96,7 @@ class Options:
     sparsity: float | None = None
     method: str = "magnitude"
     pattern: str = "unstructured"
+    allocation: str = "uniform"
     group_size: int | None = None
     activations: str | None = None
     batch: int = 1
@@ -101,6 +109,8 @@ class Options:
             value = getattr(self, key)
             if isinstance(value, (bool, list, dict)) or value not in allowed:
                 raise OptionError(f"option '{key}' = {value!r} is not available; allowed: {_show(allowed)}")
+        if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
+            raise OptionError(f"option 'batch' = {self.batch!r} is not available; allowed: whole numbers from 1 on")
         if self.sparsity is not None:
             if isinstance(self.sparsity, bool) or not isinstance(self.sparsity, (int, float)):
                 raise OptionError(f"option 'sparsity' = {self.sparsity!r} is no number; allowed: null or 0 <= s < 1")
@@ -111,16 +121,23 @@ class Options:
                     "options 'sparsity' and 'format' contradict: format dense stores every weight; "
                     "use format auto or bitmask, or drop sparsity"
                 )
+        self._check_pruning()
         if self.bits is not None and self.format not in ("auto", "ternary"):
             raise OptionError("options 'bits' and 'format' contradict: 'bits' is for format ternary or auto")
-        if self.group_size is not None and self.format != "ternary" and self.values not in ("int8", "int4"):
+        if (
+            self.group_size is not None
+            and self.format not in ("ternary", "int4")
+            and self.values not in ("int8", "int4")
+        ):
             raise OptionError(
-                "options 'group_size' and 'format' contradict: 'group_size' is for format ternary and for "
+                "options 'group_size' and 'format' contradict: 'group_size' is for formats ternary and int4 and for "
                 "values int8 and int4"
             )
-        if self.values in ("bf16x12", "int8", "int4") and self.format not in ("auto", "dense", "bitmask", "sell"):
+        sparse = ("auto", "dense", "bitmask", "sell", "nm", "block")
+        if self.values in ("bf16x12", "int8", "int4") and self.format not in sparse:
             raise OptionError(
-                f"options 'values' and 'format' contradict: values {self.values} are for formats auto, bitmask and sell"
+                f"options 'values' and 'format' contradict: values {self.values} are for formats auto, bitmask, sell, "
+                "nm and block"
             )
         for key in ("ignore", "rules"):
             value = getattr(self, key)
@@ -131,6 +148,42 @@ class Options:
             _check_pattern("ignore", pattern)
         for rule in self.rules:
             self._check_rule(rule)
+
+    def _check_pruning(self) -> None:
+        if self.pattern in NM_PATTERNS:
+            if self.sparsity not in (None, self.target_sparsity):
+                raise OptionError(
+                    f"options 'sparsity' and 'pattern' contradict: pattern {self.pattern} prunes "
+                    f"{self.target_sparsity}, not {self.sparsity}; drop 'sparsity'"
+                )
+            if self.format == "dense":
+                raise OptionError(
+                    f"options 'pattern' and 'format' contradict: format dense stores every weight, pattern "
+                    f"{self.pattern} prunes; use format auto, or drop 'pattern'"
+                )
+            if self.allocation == "error":
+                raise OptionError(
+                    f"options 'allocation' and 'pattern' contradict: pattern {self.pattern} prunes "
+                    f"{self.target_sparsity} everywhere; drop 'allocation', or use pattern unstructured or block:16x16"
+                )
+        if self.method == "sparsegpt":
+            if self.pattern.startswith("block:"):
+                raise OptionError(
+                    "options 'method' and 'pattern' contradict: sparsegpt makes no blocks; allowed with it: "
+                    f"{_show(('unstructured', *NM_PATTERNS))}"
+                )
+            if self.allocation == "error":
+                raise OptionError(
+                    "options 'method' and 'allocation' contradict: allocation error is for methods magnitude and wanda"
+                )
+
+    @property
+    def target_sparsity(self) -> float:
+        """The share of weights that pruning makes zero: `sparsity`, or what an N:M pattern implies; 0.0 for none."""
+        if self.pattern in NM_PATTERNS:
+            n, m = NM_PATTERNS[self.pattern]
+            return 1 - n / m
+        return self.sparsity or 0.0
 
     def _check_rule(self, rule: object) -> None:
         if not isinstance(rule, Mapping) or "match" not in rule:
@@ -148,12 +201,15 @@ class Options:
 
     def _override(self, overrides: Mapping[str, Any]) -> Options:
         if overrides.get("format") == "dense":
-            overrides = {"sparsity": None, **overrides}  # a module left dense is not pruned
+            # A module left dense is not pruned.
+            overrides = {"sparsity": None, "pattern": "unstructured", **overrides}
+        if overrides.get("pattern") in NM_PATTERNS:
+            overrides = {"sparsity": None, "allocation": "uniform", **overrides}  # of the modules around it
         if overrides.get("format", "ternary") != "ternary":
             overrides = {"bits": None, **overrides}  # of the ternary modules around it
-            if (overrides.get("values", self.values)) not in ("int8", "int4"):
+            if overrides["format"] != "int4" and (overrides.get("values", self.values)) not in ("int8", "int4"):
                 overrides = {"group_size": None, **overrides}
-        if overrides.get("format") in ("ternary", "int8"):
+        if overrides.get("format") in ("ternary", "int8", "int4", "bf16x12"):
             overrides = {"values": None, **overrides}  # of the sparse modules around it
         return dataclasses.replace(self, **{**overrides, "rules": (), "ignore": ()})
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 def human_bytes(count: float) -> str:
@@ -25,13 +27,22 @@ class Line:
     packed_bytes: int
     reason: str = ""
 
+    def fields(self) -> tuple[Any, ...]:
+        """What `Report.restore` makes the same line of."""
+        return dataclasses.astuple(self)
+
 
 @dataclasses.dataclass
 class Report:
-    """Projections in the order they came."""
+    """Projections in the order they came.
+
+    Attributes:
+        total_bytes: of all tensors of a compiled checkpoint, projections or not; 0 from an engine.
+    """
 
     lines: list[Line] = dataclasses.field(default_factory=list)
     changed: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    total_bytes: int = 0
 
     def add_packed(self, module: str, format: str, dense_bytes: int, packed_bytes: int) -> None:
         """A projection stored in a sparse format."""
@@ -45,6 +56,11 @@ class Report:
         """Count a weight that options changed: `pruned` or `rounded`; None is none."""
         if what is not None:
             self.changed[what] += 1
+
+    def restore(self, lines: Iterable[Iterable[Any]], changed: Mapping[str, int]) -> None:
+        """Add projections of an earlier run, by their fields."""
+        self.lines.extend(Line(*fields) for fields in lines)
+        self.changed.update(changed)
 
     @property
     def packed_count(self) -> int:

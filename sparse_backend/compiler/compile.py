@@ -3,24 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import hashlib
+import json
+import logging
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from ..errors import CheckpointError, OptionError, WeightError
+from .. import __version__
+from ..errors import CheckpointError, OptionError, SparseBackendError, WeightError
 from ..formats.ternary import Ternary
 from ..options import QUANT_METHOD, Options
 from ..packed import PackedWeight
-from ..report import Report
-from . import bitnet, checkpoint, convert
+from ..report import Report, human_bytes
+from . import bitnet, card, checkpoint, convert, writer
+from .calibrate import current_profile
+from .pruning import elsewhere
+from .pruning.pruner import Pruner
+from .pruning.text import Calibration
+from .source import Progress, Source, why_unknown
+from .verify import Change, verify_checkpoint
+from .work import Say, WorkFolder
 
 LAYOUTS = (QUANT_METHOD, bitnet.METHOD)
-Progress = Callable[[int, int, str], None]
+
+_log: Say = logging.getLogger(__name__).warning
 
 
 def compile_checkpoint(
@@ -28,54 +39,104 @@ def compile_checkpoint(
     target: str | Path,
     options: Options,
     progress: Progress | None = None,
-    max_shard_bytes: int = convert.MAX_SHARD_BYTES,
+    max_shard_bytes: int = writer.MAX_SHARD_BYTES,
     layout: str = QUANT_METHOD,
+    verify: bool = False,
+    say: Say = _log,
+    command: str | None = None,
+    calibration: Calibration | None = None,
 ) -> Report:
     """Write a compiled copy of a checkpoint.
 
-    Reads one tensor at a time and holds at most one output shard. The result appears under
-    its name only when it is whole; the source is only read.
+    Reads one tensor at a time and holds at most one output shard. The result appears under its name only when it is
+    whole; the source is only read. A run that is killed, interrupted or out of disk leaves the shards it finished in
+    `.NAME.incomplete` beside the target; the same call goes on from there, to the same bytes.
 
     Args:
         source: folder in HF layout with safetensors shards: plain, or BitNet in any of its forms;
             for layout `bitnet` also a compiled one.
         target: folder to create.
         options: what to do; written to config.json.
-        progress: called as (bytes done, bytes in all, tensor name).
+        progress: called as (bytes done, bytes in all, what is being done).
         max_shard_bytes: size at which an output shard is closed.
         layout: `sparse-compiled`, or `bitnet` for Hugging Face's packing of ternary weights.
+        verify: read the result back and compare every tensor with the source (compiler/verify.py) before it
+            gets its name.
+        say: told, in one line each, of a run taken up or thrown away, and of an unknown architecture.
+        command: what the model card says made the result; None for this call.
+        calibration: text for the methods that calibrate, wanda and sparsegpt.
 
     Returns:
         What became of every projection.
 
     Raises:
-        CheckpointError: the source cannot be read, the target exists or cannot be written.
+        CheckpointError: the source cannot be read, the target exists, is being written by another run or cannot
+            be written, or the result is not the source (nothing is left of it).
         WeightError: a weight holds NaN or Inf, or `layout` cannot hold it.
         OptionError: nothing would be packed.
     """
-    if layout not in LAYOUTS:
-        raise OptionError(f"layout {layout!r} is unknown; allowed: {', '.join(LAYOUTS)}")
     source, target = Path(source), Path(target)
-    job = _Job(checkpoint.read(source), options, layout)
+    job = _Job(source, options, layout, say, calibration)
     if target.exists():
         raise CheckpointError(f"{target}: exists already; remove it or choose another name")
+    made_by = command or f"compile_checkpoint({str(source)!r}, {str(target)!r}, {job.options}, layout={layout!r})"
+    if command is None and calibration is not None:
+        made_by = f"{made_by[:-1]}, calibration={calibration})"
+    work = None
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{target.name}.incomplete-", dir=target.parent))
-        work.chmod(0o755)
-    except OSError as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}") from None
-    try:
-        writer = convert.Writer(work)
-        report = job.run(writer, progress, max_shard_bytes)
-        convert.copy_other_files(source, work)
-        convert.write_json(work / "config.json", {**job.info.config, "quantization_config": job.quantization_config()})
-        work.rename(target)
+        work = WorkFolder(target, job.key(max_shard_bytes), say)
+        output = writer.Writer(work, max_shard_bytes)
+        try:
+            job.run(output, progress)
+            text = card.write(job.source.info, job.options, layout, output.report, made_by, target.name)
+            output.finish({**job.source.info.config, "quantization_config": job.quantization_config()}, text, source)
+            if verify:
+                verify_checkpoint(source, work.model, progress, job.change)
+        except SparseBackendError:
+            work.discard()
+            work.shards.clear()
+            raise
+        work.publish()
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{target}: cannot be written: {error}; nothing was left behind") from None
+        raise CheckpointError(_cannot_write(target, error, job, work)) from None
     finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return report
+        job.close()
+        if work is not None:
+            work.close()
+    return output.report
+
+
+def plan_checkpoint(
+    source: str | Path,
+    options: Options,
+    progress: Progress | None = None,
+    layout: str = QUANT_METHOD,
+    say: Say = _log,
+    calibration: Calibration | None = None,
+) -> Report:
+    """What `compile_checkpoint` would do, exactly: every weight is changed and packed, and nothing is written.
+
+    Args, Raises: as compile_checkpoint.
+    """
+    job = _Job(Path(source), options, layout, say, calibration)
+    output = writer.Writer(None)
+    try:
+        job.run(output, progress)
+    finally:
+        job.close()
+    return output.report
+
+
+def _cannot_write(target: Path, error: Exception, job: _Job, work: WorkFolder | None) -> str:
+    text = f"{target}: cannot be written: {error}"
+    if work is None or job.output is None:
+        return text
+    folder = next(p for p in (target.absolute(), *target.absolute().parents) if p.is_dir())
+    left = job.output.bytes + job.source.total_bytes - job.source.done_bytes
+    text += f"; up to {human_bytes(left)} more are needed, {human_bytes(shutil.disk_usage(folder).free)} are free there"
+    if not work.shards:
+        return f"{text}; nothing was left behind"
+    return f"{text}; the {len(work.shards)} shards in {work.folder} are kept, the same command goes on from them"
 
 
 def _check_bitnet_can_say(options: Options) -> None:
@@ -91,18 +152,33 @@ def _check_bitnet_can_say(options: Options) -> None:
 
 
 class _Job:
-    """One checkpoint on its way."""
+    """One checkpoint on its way.
 
-    def __init__(self, info: checkpoint.Checkpoint, options: Options, layout: str) -> None:
-        self.info, self.layout = info, layout
-        self.report = Report()
-        self.bitnet = bitnet.BitNet.of(info.config, info.tensors)
+    Attributes:
+        options: as asked, with what the checkpoint itself says filled in.
+        change: makes of a weight what the options ask for.
+        output: of the run; None before it.
+    """
+
+    def __init__(
+        self, folder: Path, options: Options, layout: str, say: Say, calibration: Calibration | None = None
+    ) -> None:
+        if layout not in LAYOUTS:
+            raise OptionError(f"layout {layout!r} is unknown; allowed: {', '.join(LAYOUTS)}")
+        info = checkpoint.read(folder)
+        self.source, self.layout, self.say = Source(info), layout, say
+        self.output: writer.Writer | None = None
+        self.bitnet = self.source.bitnet
         quantization = info.config.get("quantization_config")
         if info.modules and layout == bitnet.METHOD:
-            if options != Options():
+            if options != Options() or calibration is not None:
                 raise OptionError(f"{info.folder}: is compiled; only its layout can change now, drop the other options")
             options = dataclasses.replace(Options.from_dict(dict(quantization or {})), bits=None)
-        elif quantization is not None and self.bitnet is None:
+        elif (
+            quantization is not None
+            and self.bitnet is None
+            and not elsewhere.is_only_pruned(quantization, info.folder, info.tensors)
+        ):
             method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
             raise CheckpointError(f"{info.folder}: is already quantised ({method}); compile the original checkpoint")
         if self.bitnet is not None and self.bitnet.rms_norm_eps is not None:
@@ -125,45 +201,81 @@ class _Job:
             raise CheckpointError(
                 f"{info.folder}: has no linear projection to convert (no 2-D '<module>.weight' tensor)"
             )
+        reason = why_unknown(info.config)
+        if reason is not None:
+            say(f"{info.folder}: unknown architecture ({reason}); converted by tensor names and shapes, check the plan")
 
-    def run(self, writer: convert.Writer, progress: Progress | None, max_shard_bytes: int) -> Report:
+        # What a compiled checkpoint's options say was pruned, was: its weights come as they are.
+        self.pruner = None if info.modules else Pruner(info, options, calibration, plain=self.bitnet is None)
+        pruned = (lambda module, weight, options: weight) if self.pruner is None else self.pruner.prune
+        self.change: Change = functools.partial(convert.change_weight, pruned=pruned)
+
+    def key(self, max_shard_bytes: int) -> dict[str, Any]:
+        """What decides every byte of the result."""
+        info = self.source.info
+        files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in info.files]
+        source = json.dumps([str(info.folder.absolute()), files, info.config, sorted(info.tensors.items())])
+        return {
+            "package version": __version__,
+            "options": self.options.to_dict(),
+            "layout": self.layout,
+            "shard size": max_shard_bytes,
+            "calibration": None if self.pruner is None else self.pruner.digest(),
+            "machine": self._machine(),
+            "source": hashlib.sha256(source.encode()).hexdigest(),
+        }
+
+    def _machine(self) -> str | None:
+        """Of the profile that plans with, where formats are chosen and not named."""
+        named = self.options.format != "auto" and all(r.get("format") != "auto" for r in self.options.rules)
+        if named:
+            return None
+        return hashlib.sha256(json.dumps(current_profile().to_json(), sort_keys=True).encode()).hexdigest()
+
+    def run(self, output: writer.Writer, progress: Progress | None) -> None:
         """Convert tensor by tensor.
 
         Raises:
             OptionError: nothing was packed.
         """
-        total = sum(path.stat().st_size for path in self.info.files)
-        done = 0
-
-        def stored() -> Iterator[tuple[str, torch.Tensor]]:
-            nonlocal done
-            for path in self.info.files:
-                with checkpoint.open_shard(path) as shard:
-                    for name in shard.keys():  # noqa: SIM118 - safe_open is no mapping
-                        tensor = shard.get_tensor(name)
-                        done += tensor.nbytes
-                        yield name, tensor
-
-        weights = checkpoint.expand(stored(), self.info.modules)
-        if self.bitnet is not None:
-            weights = self.bitnet.expand(weights, convert.is_projection, convert.model_dtype(self.info.config))
-        for name, tensor in weights:
-            self._convert(name, tensor, writer)
-            writer.flush(max_shard_bytes)
+        self.output = output
+        if self.pruner is not None:
+            self._prepare(self.pruner, output.work.folder if output.work is not None else None, progress)
+        finished = output.work.results() if output.work is not None else set()
+        for name, tensor in self.source.weights(finished):
             if progress is not None:
-                progress(done, total, name)
-        if not self.report.packed_count:
-            reasons = "; ".join(f"{count} x {reason}" for reason, count in self.report.dense_reasons().items())
+                progress(self.source.done_bytes, self.source.total_bytes, name)
+            self._convert(name, tensor, output)
+            output.done(name)
+        output.flush()
+        report = output.report
+        report.total_bytes = output.total_bytes
+        if not report.packed_count:
+            reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dense_reasons().items())
             raise OptionError(
-                f"{self.info.folder}: nothing to pack ({reasons or 'no projection'}); pass --sparsity to prune"
+                f"{self.source.info.folder}: nothing to pack ({reasons or 'no projection'}); pass --sparsity to prune"
             )
-        writer.finish()
-        return self.report
 
-    def _convert(self, name: str, tensor: torch.Tensor, writer: convert.Writer) -> None:
+    def _prepare(self, pruner: Pruner, folder: Path | None, progress: Progress | None) -> None:
+        total = self.source.total_bytes
+
+        def share(done: float, what: str) -> None:
+            if progress is not None:
+                progress(int(done * total), total, what)
+
+        pruner.prepare(folder, share)
+        for note in pruner.notes:
+            self.say(note)
+
+    def close(self) -> None:
+        """Remove what pruning wrote beside the result."""
+        if self.pruner is not None:
+            self.pruner.close()
+
+    def _convert(self, name: str, tensor: torch.Tensor, output: writer.Writer) -> None:
         module = name.removesuffix(".weight")
         if module == name or tensor.dim() != 2:
-            return writer.add(name, tensor)
+            return output.add(name, tensor)
         options = self.options.for_module(module)
         reason = convert.why_not_projection(module)
         if reason is None and options is None:
@@ -172,17 +284,19 @@ class _Job:
             reason = f"{str(tensor.dtype).removeprefix('torch.')} weights are left as they are"
         packed = None
         if reason is None and options is not None:
-            tensor, what = convert.change_weight(module, tensor, options)
+            tensor, what = self.change(module, tensor, options)
             packed, reason = convert.pack_weight(module, tensor, options)
             if packed is not None:
                 packed = self._exact(module, packed)
-                self.report.note("rounded" if packed.format == "int8" else what)
+                output.report.note("rounded" if packed.format in ("int8", "int4") else what)
+            elif what is not None and what.startswith("pruned"):
+                output.report.note("pruned")  # values round only as they pack
         if packed is None:
-            writer.add(name, tensor)
-            self.report.add_dense(module, tensor.nbytes, reason or "")
+            output.add(name, tensor)
+            output.report.add_dense(module, tensor.nbytes, reason or "")
         else:
-            self._write(module, packed, writer)
-            self.report.add_packed(module, packed.format, tensor.nbytes, packed.nbytes)
+            self._write(module, packed, output)
+            output.report.add_packed(module, packed.format, tensor.nbytes, packed.nbytes)
 
     def _exact(self, module: str, packed: PackedWeight) -> PackedWeight:
         """The packed weight under its checkpoint's own scale, where the dense dtype rounded it."""
@@ -190,9 +304,9 @@ class _Job:
             return packed
         return Ternary().rescale(packed, torch.tensor([[self.bitnet.scales[module]]], dtype=torch.float32))
 
-    def _write(self, module: str, packed: PackedWeight, writer: convert.Writer) -> None:
+    def _write(self, module: str, packed: PackedWeight, output: writer.Writer) -> None:
         if self.layout != bitnet.METHOD:
-            return writer.add_packed(module, packed)
+            return output.add_packed(module, packed)
         scales = packed.tensors["scales"] if packed.format == "ternary" else None
         if scales is None or scales.numel() != 1:
             raise WeightError(
@@ -203,25 +317,26 @@ class _Job:
         scale = torch.where(scale == 0, 1.0, scale)  # of a weight that is all zeros
         if self._linear_class() == "bitlinear":
             scale = 1.0 / scale
-        writer.add(f"{module}.weight", bitnet.pack_codes(module, Ternary().codes(packed)))
-        writer.add(f"{module}.weight_scale", scale.to(convert.model_dtype(self.info.config)))
+        output.add(f"{module}.weight", bitnet.pack_codes(module, Ternary().codes(packed)))
+        output.add(f"{module}.weight_scale", scale.to(convert.model_dtype(self.source.info.config)))
 
     def _linear_class(self) -> str:
         """`bitlinear` where a scale is exact only as an inverse, or a bias must not be scaled with the weight."""
-        dtype = str(convert.model_dtype(self.info.config)).removeprefix("torch.")
-        inverse = any(e.format == "ternary" and e.dtype != dtype for e in self.info.modules.values())
+        info = self.source.info
+        dtype = str(convert.model_dtype(info.config)).removeprefix("torch.")
+        inverse = any(e.format == "ternary" and e.dtype != dtype for e in info.modules.values())
         if self.bitnet is not None:
             inverse = self.bitnet.linear_class == "bitlinear"
         bias = any(
-            name.endswith(".bias") and convert.is_projection(name.removesuffix(".bias")) for name in self.info.tensors
+            name.endswith(".bias") and convert.is_projection(name.removesuffix(".bias")) for name in info.tensors
         )
         return "bitlinear" if inverse or bias else "autobitlinear"
 
     def quantization_config(self) -> dict[str, Any]:
         """For the target's config.json."""
-        if self.layout != bitnet.METHOD:
+        if self.layout != bitnet.METHOD or self.output is None:
             return self.options.to_dict()
-        dense = [line.module for line in self.report.lines if line.format == "dense"]
+        dense = [line.module for line in self.output.report.lines if line.format == "dense"]
         return {
             "quant_method": bitnet.METHOD,
             "linear_class": self._linear_class(),

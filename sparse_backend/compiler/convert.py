@@ -1,25 +1,19 @@
-"""What becomes of one weight, and how compiled shards are written: for the CLI and the engines."""
+"""What becomes of one weight: for the CLI and the engines."""
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from ..api import convert_values
-from ..errors import WeightError
+from ..errors import OptionError, WeightError
 from ..formats import get_format
 from ..options import Options
 from ..packed import PackedWeight
-from . import checkpoint, plan, prune
-from .checkpoint import ModuleEntry
+from . import plan, prune
 
 # Modules with a 2-D weight that are no linear projection, or that decide rather than
 # project: look-ups, output heads, classifiers, routers. Compared with whole name parts.
@@ -28,8 +22,6 @@ _NOT_PROJECTIONS = re.compile(
     r"router|gate|shared_expert_gate|relative_attention_bias)(\.|$)|(^|\.)output$"
 )
 _EXPERTS = re.compile(r"(^|\.)experts(\.|$)")
-
-MAX_SHARD_BYTES = 1 << 30
 
 IGNORED = "in 'ignore'"
 FIX = "fix the checkpoint or add the module to 'ignore'"
@@ -58,18 +50,42 @@ def model_dtype(config: Mapping[str, Any]) -> torch.dtype:
     return dtype if dtype in PRUNABLE_DTYPES else torch.bfloat16
 
 
-def change_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[torch.Tensor, str | None]:
+def prune_alone(module: str, weight: torch.Tensor, options: Options) -> torch.Tensor:
+    """Prune a weight of which nothing else is known, as it passes by.
+
+    Raises:
+        OptionError: its options need more: calibration, or the other weights.
+    """
+    for key, value, done in (
+        ("method", options.method, options.method in prune.METHODS),
+        ("allocation", options.allocation, options.allocation == "uniform"),
+    ):
+        if not done:
+            raise OptionError(
+                f"{module}: option '{key}' = {value!r} needs the whole model, not one weight at a time while loading; "
+                "compile it first: sparse-backend compile MODEL OUT"
+            )
+    return prune.METHODS[options.method](weight, options.target_sparsity, options.pattern)
+
+
+def change_weight(
+    module: str,
+    weight: torch.Tensor,
+    options: Options,
+    pruned: Callable[[str, torch.Tensor, Options], torch.Tensor] = prune_alone,
+) -> tuple[torch.Tensor, str | None]:
     """The weight of one HF module as its options ask for, and what that was: `pruned`, `rounded` or None.
 
-    What depends on the whole weight happens here, before an engine shards it.
+    What depends on the whole weight happens here, before an engine shards it. `pruned` prunes it.
 
     Raises:
         WeightError: naming the module.
+        OptionError: it cannot be pruned so.
     """
     what = None
     try:
-        if options.sparsity:
-            weight, what = prune.METHODS[options.method](weight, options.sparsity), "pruned"
+        if options.target_sparsity:
+            weight, what = pruned(module, weight, options), "pruned"
         if options.format == "ternary":
             ternary = get_format("ternary").round(weight, options)
             weight, what = ternary, what if ternary is weight else "rounded"
@@ -92,102 +108,3 @@ def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[Pa
         return None if decision.pack is None else decision.pack(), decision.reason
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None
-
-
-class Writer:
-    """Collects tensors and writes a shard whenever enough have come."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shards: list[tuple[Path, list[str]]] = []
-        self.total_bytes = 0
-        self._reset()
-
-    def _reset(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self.modules: dict[str, dict[str, Any]] = {}
-        self.bytes = 0
-
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """A tensor under its own name."""
-        self.tensors[name] = tensor.contiguous()
-        self.bytes += tensor.nbytes
-
-    def add_packed(self, module: str, packed: PackedWeight) -> None:
-        """The tensors of a packed module, with their checksums."""
-        crcs = {}
-        for name, tensor in packed.tensors.items():
-            self.add(f"{module}.{packed.format}.{name}", tensor)
-            crcs[name] = checkpoint.checksum(tensor)
-        dtype = str(packed.dtype).removeprefix("torch.")
-        self.modules[module] = ModuleEntry(
-            packed.format, packed.shape, dtype, crcs, self.folder, packed.attributes
-        ).to_json()
-
-    def flush(self, at_least: int = 0) -> None:
-        """Write a shard if at least so many bytes are waiting."""
-        if not self.tensors or self.bytes < at_least:
-            return
-        path = self.folder / f"shard-{len(self.shards) + 1}.safetensors"
-        names = {n: (_DTYPE_NAMES[t.dtype], list(t.shape)) for n, t in self.tensors.items()}
-        data = {
-            "version": checkpoint.FORMAT_VERSION,
-            "modules": self.modules,
-            "crc32": checkpoint.header_checksum(names, self.modules),
-        }
-        save_file(self.tensors, path, metadata={"format": "pt", checkpoint.METADATA_KEY: json.dumps(data)})
-        path.chmod(0o644)  # safetensors leaves it to its owner alone
-        _sync(path)
-        self.shards.append((path, list(self.tensors)))
-        self.total_bytes += self.bytes
-        self._reset()
-
-    def finish(self) -> None:
-        """Give the shards their final names and write the index."""
-        self.flush()
-        if len(self.shards) == 1:
-            self.shards[0][0].rename(self.folder / "model.safetensors")
-            return
-        weight_map = {}
-        for i, (path, names) in enumerate(self.shards, 1):
-            final = f"model-{i:05d}-of-{len(self.shards):05d}.safetensors"
-            path.rename(self.folder / final)
-            weight_map.update(dict.fromkeys(names, final))
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        write_json(self.folder / "model.safetensors.index.json", index)
-
-
-# safetensors' own names, as a shard's header spells them.
-_DTYPE_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
-    torch.uint16: "U16", torch.uint32: "U32", torch.uint64: "U64", torch.complex64: "C64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
-}  # fmt: skip
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as f:
-        os.fsync(f.fileno())
-
-
-def write_json(path: Path, data: Any) -> None:
-    """Write a JSON file and wait until it is on disk."""
-    path.write_text(json.dumps(data, indent=2) + "\n")
-    _sync(path)
-
-
-def copy_other_files(source: Path, target: Path) -> None:
-    """Copy all of a checkpoint that is neither weights nor config.json."""
-    for entry in sorted(source.iterdir()):
-        if entry.name.startswith(".") or entry.name == "config.json":
-            continue
-        if entry.name.endswith((*checkpoint.WEIGHT_SUFFIXES, ".index.json")):
-            continue
-        if entry.is_dir():
-            # A folder's safetensors may be part of the model (sentence-transformers' 2_Dense);
-            # other weight files there are copies of it in another format.
-            others = (f"*{s}" for s in checkpoint.WEIGHT_SUFFIXES if s != ".safetensors")
-            shutil.copytree(entry, target / entry.name, ignore=shutil.ignore_patterns(*others))
-        else:
-            shutil.copyfile(entry, target / entry.name)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
 from ..formats import get_format
-from . import checkpoint
+from . import checkpoint, convert
 
 _ITEMSIZE = {"float32": 4}
 
@@ -28,11 +29,26 @@ class Row:
     packed_bytes: int
 
     @property
+    def kind(self) -> str:
+        """The last part of the module's name."""
+        return self.name.partition(" ")[0].rpartition(".")[2]
+
+    def to_json(self) -> dict[str, Any]:
+        """For `inspect --json`."""
+        computed = {"zeros": self.zeros, "density": self.density, "bits_per_weight": self.bits_per_weight}
+        return {**dataclasses.asdict(self), **computed}
+
+    @property
     def zeros(self) -> float | None:
         """Share of weights that are not stored; None where a header does not tell."""
         if self.nnz is None:
             return None
         return 1 - self.nnz / self.weights if self.weights else 0.0
+
+    @property
+    def density(self) -> float | None:
+        """Share of weights that are stored."""
+        return None if self.zeros is None else 1 - self.zeros
 
     @property
     def bits_per_weight(self) -> float:
@@ -42,22 +58,36 @@ class Row:
 
 @dataclasses.dataclass(frozen=True)
 class Inspection:
-    """A checkpoint at a glance."""
+    """A checkpoint at a glance.
+
+    Attributes:
+        module_count: modules with a 2-D weight, packed or not.
+        rows: packed modules.
+        dense_rows: projections that are not packed; of their zeros the headers tell nothing.
+    """
 
     architecture: str
     options: dict[str, Any]
     module_count: int
     rows: list[Row]
+    dense_rows: list[Row] = dataclasses.field(default_factory=list)
 
     def by_format(self) -> list[Row]:
         """Rows added up per format."""
+        return self._added_up(lambda row: row.format)
+
+    def by_kind(self) -> list[Row]:
+        """Rows added up per kind of projection: the last part of the module's name, and format."""
+        return self._added_up(lambda row: f"{row.kind} ({row.format})")
+
+    def _added_up(self, group: Callable[[Row], str]) -> list[Row]:
         groups: dict[str, list[Row]] = {}
-        for row in self.rows:
-            groups.setdefault(row.format, []).append(row)
+        for row in [*self.rows, *self.dense_rows]:
+            groups.setdefault(group(row), []).append(row)
         return [
             Row(
                 name,
-                name,
+                rows[0].format,
                 len(rows),
                 "",
                 sum(r.weights for r in rows),
@@ -70,8 +100,13 @@ class Inspection:
 
     def to_json(self) -> dict[str, Any]:
         """For `inspect --json`."""
-        rows = [{**dataclasses.asdict(r), "zeros": r.zeros, "bits_per_weight": r.bits_per_weight} for r in self.rows]
-        return {"architecture": self.architecture, "options": self.options, "modules": rows}
+        return {
+            "architecture": self.architecture,
+            "options": self.options,
+            "modules": [row.to_json() for row in self.rows],
+            "dense": [row.to_json() for row in self.dense_rows],
+            "kinds": [row.to_json() for row in self.by_kind()],
+        }
 
 
 def inspect(folder: str | Path, verify: bool = False) -> Inspection:
@@ -96,11 +131,18 @@ def inspect(folder: str | Path, verify: bool = False) -> Inspection:
         rows.append(
             Row(f"{name} ({entry.format})", entry.format, 1, shape_text, weights, nnz, 2 * weights, packed_bytes)
         )
+    dense_rows = []
+    for name in info.module_names():
+        if name not in info.modules and convert.is_projection(name):
+            dtype, shape = info.tensors[f"{name}.weight"]
+            size = math.prod(shape) * checkpoint.bits_of(dtype) // 8
+            text = f"{shape[0]} x {shape[1]}"
+            dense_rows.append(Row(f"{name} (dense)", "dense", 1, text, math.prod(shape), None, size, size))
     if verify:
         _verify(info)
     architecture = ", ".join(info.config.get("architectures") or ["unknown architecture"])
     options = info.config.get("quantization_config") or {}
-    return Inspection(architecture, options, len(info.module_names()), rows)
+    return Inspection(architecture, options, len(info.module_names()), rows, dense_rows)
 
 
 def _verify(info: checkpoint.Checkpoint) -> None:

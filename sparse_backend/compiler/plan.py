@@ -1,8 +1,7 @@
-"""Which format a weight gets, and why.
+"""Which format a weight gets, and why: the one predicted fastest on this machine.
 
-Today's model is bytes: at batch 1 a kernel runs at the speed of memory, so what is smaller is
-faster. The measured cost model, with instructions and batch sizes, comes with `sparse-backend
-plan`.
+Every format says how it could hold the weight (Format.candidates); the cost model (cost.py) says what
+a step of `batch` tokens takes with each, and with the engine's own dense product.
 """
 
 from __future__ import annotations
@@ -15,15 +14,68 @@ import torch
 from ..formats import FORMATS, get_format
 from ..options import Options
 from ..packed import PackedWeight
+from .calibrate import current_profile
+from .cost import Profile
 
-# A format must save at least this share of the dense bytes to be worth leaving the engine's
-# own dense path.
-MIN_SAVING = 0.10
+# Predictions within this share of each other are one: the smaller format is taken, and dense is left
+# only for more.
+TIE = 0.03
 
-# Share of zeros from which work per stored weight (sell) beats work per position (bitmask). Measured
-# with benchmarks/kernels.py on Ice Lake, batch 1: at 50% sell takes 1.5x as long, at 75% 0.6x to 0.8x,
-# at 90% 0.4x. At batch 8 they meet at 75%.
-SELL_FROM_ZEROS = 0.75
+# Prompts are processed in large batches, where a machine with matrix units multiplies dense weights much faster
+# than kernels without: a format this many times slower than dense at PREFILL_TOKENS is not taken.
+PREFILL_TOKENS = 64
+PREFILL_LIMIT = 4.0
+
+_DENSE_VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """One way to store a weight.
+
+    Attributes:
+        format, values: of the kernel (cost.KERNELS).
+        seconds: of one step, as predicted.
+        nbytes: of the canonical form.
+        pack: makes it; None for dense.
+    """
+
+    format: str
+    values: str
+    seconds: float
+    nbytes: int
+    pack: Callable[[], PackedWeight] | None = None
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        return (
+            self.format
+            if self.values in (self.format, "") or self.format == "dense"
+            else f"{self.format} {self.values}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Decision:
+    """What became of one weight.
+
+    Attributes:
+        format: its name, or `dense`.
+        reason: in words.
+        pack: makes the packed weight; None for dense.
+        predictions: all that was considered, fastest first; empty where options left no choice.
+    """
+
+    format: str
+    reason: str
+    pack: Callable[[], PackedWeight] | None = None
+    predictions: tuple[Prediction, ...] = ()
+
+    @property
+    def chosen(self) -> Prediction | None:
+        """The prediction of what was taken."""
+        return next((p for p in self.predictions if p.pack is self.pack and p.format == self.format), None)
 
 
 def _nnz(weight: torch.Tensor) -> int:
@@ -34,45 +86,85 @@ def _nnz(weight: torch.Tensor) -> int:
     return int(torch.count_nonzero(weight))
 
 
-@dataclasses.dataclass(frozen=True)
-class Decision:
-    """A format's name (or `dense`), the reason in words, and how to pack (None for dense)."""
+def predictions(
+    weight: torch.Tensor, nnz: int, options: Options, profile: Profile, formats: tuple[str, ...] = tuple(FORMATS)
+) -> list[Prediction]:
+    """All ways to store a weight that `options` allow, dense among them, fastest first."""
+    shape = (weight.shape[0], weight.shape[1])
+    dense = profile.seconds("dense", _DENSE_VALUES.get(weight.dtype, "fp32"), shape, 1.0, options.batch)
+    found = [Prediction("dense", "", dense or float("inf"), weight.numel() * weight.dtype.itemsize)]
+    for name in formats:
+        form = FORMATS[name]
+        if weight.dtype not in form.dtypes:
+            continue
+        for c in form.candidates(weight, nnz, options):
+            seconds = profile.seconds(name, c.values, shape, c.stored / weight.numel(), options.batch)
+            if seconds is not None:
+                found.append(Prediction(name, c.values, seconds, c.nbytes, c.pack))
+    return sorted(found, key=lambda p: p.seconds)
 
-    format: str
-    reason: str
-    pack: Callable[[], PackedWeight] | None = None
 
-
-def choose(weight: torch.Tensor, options: Options) -> Decision:
+def choose(weight: torch.Tensor, options: Options, profile: Profile | None = None, explain: bool = False) -> Decision:
     """The format for one weight.
 
     Args:
-        weight: dense [N, K].
+        weight: dense [N, K], contiguous.
         options: of this module; `format` other than auto is obeyed.
+        profile: of the machine to plan for; None for this one.
+        explain: predict also where a named format leaves no choice.
     """
     if options.format != "auto":
-        reason = f"format {options.format} was asked for"
-        if options.format == "dense":
-            return Decision("dense", reason)
-        return Decision(options.format, reason, lambda: get_format(options.format).pack(weight, options))
+        return _asked_for(weight, options, profile if explain else None)
     if weight.numel() == 0:
         return Decision("dense", "the weight is empty")
+    profile = profile or current_profile()
     nnz = _nnz(weight)
-    dense_bytes = weight.numel() * weight.dtype.itemsize
-    zeros = 1 - nnz / weight.numel()
-    found = {f.name: f.lossless(weight, nnz, options) for f in FORMATS.values() if weight.dtype in f.dtypes}
-    candidates = {name: candidate for name, candidate in found.items() if candidate is not None}
-    if not candidates:
+    found = predictions(weight, nnz, options, profile)
+    dense = next(p for p in found if p.format == "dense")
+    if len(found) == 1:
         name = str(weight.dtype).removeprefix("torch.")
-        return Decision("dense", f"{name} weights: no lossless format (values bf16 or fp16 would round)")
-    if "bitmask" in candidates and "sell" in candidates:  # of the same canonical size
-        del candidates["bitmask" if zeros >= SELL_FROM_ZEROS else "sell"]
-    best = min(candidates, key=lambda name: candidates[name].nbytes)
-    if options.activations == "int8" and "ternary" in candidates:
+        return Decision("dense", f"no lossless format for {name} weights (values bf16 or fp16 would round)")
+    if options.activations == "int8" and any(p.format == "ternary" for p in found):
         # The function it was trained for, and the same one on every rank, whatever its shard's zeros.
-        best = "ternary"
-    ratio = candidates[best].nbytes / dense_bytes
-    if ratio > 1 - MIN_SAVING:
+        allowed = [p for p in found if p.format == "ternary"]
+    else:
+        shape = (weight.shape[0], weight.shape[1])
+        limit = PREFILL_LIMIT * _at_prefill(profile, dense, weight, nnz, shape)
+        allowed = [p for p in found if p is dense or _at_prefill(profile, p, weight, nnz, shape) <= limit]
+    # Without what every call costs, or small weights would all be ties.
+    net = {id(p): p.seconds - profile.overhead for p in allowed}
+    fastest = min(net.values())
+    best = min((p for p in allowed if net[id(p)] <= fastest * (1 + TIE)), key=lambda p: p.nbytes)
+    if best.format != "ternary" and best.seconds - profile.overhead > (dense.seconds - profile.overhead) * (1 - TIE):
+        best = dense
+    if best is dense:
         # Grouped in summaries, so the reason names no number that differs by layer.
-        return Decision("dense", "too few zeros for a sparse format to be smaller (prune with --sparsity)")
-    return Decision(best, f"{zeros:.0%} zeros: {ratio:.0%} of the dense bytes", candidates[best].pack)
+        return Decision(
+            "dense", "predicted as fast as any format (pruning with --sparsity changes that)", None, tuple(found)
+        )
+    gain = f"{dense.seconds / best.seconds:.1f}x dense predicted" if best.seconds else ""
+    return Decision(best.format, f"{1 - nnz / weight.numel():.0%} zeros: {gain}", best.pack, tuple(found))
+
+
+def _asked_for(weight: torch.Tensor, options: Options, profile: Profile | None) -> Decision:
+    reason = f"format {options.format} was asked for"
+    found: tuple[Prediction, ...] = ()
+    if profile is not None and weight.numel():
+        formats = () if options.format == "dense" else (options.format,)
+        # int8 and int4 round: their candidates are those of such values.
+        values = options.format if options.format in ("int8", "int4") else options.values
+        asked = dataclasses.replace(options, format="auto", values=values)
+        found = tuple(predictions(weight, _nnz(weight), asked, profile, formats))
+    if options.format == "dense":
+        return Decision("dense", reason, None, found)
+    best = next((p for p in found if p.format == options.format), None)
+    pack = best.pack if best is not None else None
+    return Decision(
+        options.format, reason, pack or (lambda: get_format(options.format).pack(weight, options)), found
+    )  # fmt: skip
+
+
+def _at_prefill(profile: Profile, p: Prediction, weight: torch.Tensor, nnz: int, shape: tuple[int, int]) -> float:
+    values = _DENSE_VALUES.get(weight.dtype, "fp32") if p.format == "dense" else p.values
+    density = nnz / weight.numel() if p.format in ("bitmask", "sell", "nm", "block") else 1.0
+    return profile.seconds(p.format, values, shape, density, PREFILL_TOKENS) or float("inf")

@@ -8,6 +8,9 @@
 #include "bitmask/pack.h"
 #include "cpu_features.h"
 #include "huge_pages.h"
+#include "lanes/bf16x12.h"
+#include "lanes/linear.h"
+#include "lanes/pack.h"
 #include "lowbit/linear.h"
 #include "lowbit/pack.h"
 #include "sell/linear.h"
@@ -87,7 +90,7 @@ Tensor bitmask_unpack(const Tensor& mask, const Tensor& values, int64_t in_featu
 // Machine form of an unstructured format. `bits` per value: 16, 12 (bf16 with coded exponents where
 // they allow it), 8 or 4; the last two with int8 values and `scales` [N, groups].
 template <uint64_t kMagic, int kRowsPerPart, sparse_backend::unstructured::WritePart kWritePart,
-          int kSmallestGroup>
+          int kSmallestGroup, int kScaleTile = 0>
 Tensor unstructured_lower(const Tensor& mask, const Tensor& values, const std::optional<Tensor>& scales,
                           int64_t in_features, int64_t bits, int64_t group_size, int64_t activation_bits) {
   using namespace sparse_backend::unstructured;
@@ -112,8 +115,8 @@ Tensor unstructured_lower(const Tensor& mask, const Tensor& values, const std::o
         "integer values need contiguous float32 scales [", weight.out_features, ", ", groups, "]");
     scale_data = static_cast<const float*>(scales->const_data_ptr());
   }
-  const Settings settings{bits == 12, static_cast<int32_t>(group_size),
-                          static_cast<int32_t>(activation_bits)};
+  const Settings settings{bits == 12, static_cast<int32_t>(group_size), static_cast<int32_t>(activation_bits),
+                          kScaleTile};
   const auto pool = torch_pool();
   const Built built = build(weight, start.data(), settings, kMagic, kRowsPerPart, kWritePart, pool);
   Tensor packed = torch::stable::new_empty(mask, {built.header.total_bytes});
@@ -126,6 +129,9 @@ Tensor unstructured_lower(const Tensor& mask, const Tensor& values, const std::o
 constexpr auto bitmask_lower =
     unstructured_lower<sparse_backend::bitmask::kMagic, sparse_backend::bitmask::kPanelRows,
                        sparse_backend::bitmask::write_panel, 64>;
+constexpr auto lanes_lower =
+    unstructured_lower<sparse_backend::lanes::kMagic, sparse_backend::lanes::kStripRows,
+                       sparse_backend::lanes::write_strip, 32, sparse_backend::lanes::kStripRows>;
 constexpr auto sell_lower = unstructured_lower<sparse_backend::sell::kMagic, sparse_backend::sell::kStripRows,
                                                sparse_backend::sell::write_strip, 128>;
 
@@ -181,9 +187,63 @@ Tensor unstructured_linear(const Tensor& x, const Tensor& packed, const std::opt
 constexpr auto bitmask_linear =
     unstructured_linear<sparse_backend::bitmask::kMagic, sparse_backend::bitmask::kPanelRows,
                         sparse_backend::bitmask::linear>;
+constexpr auto lanes_linear =
+    unstructured_linear<sparse_backend::lanes::kMagic, sparse_backend::lanes::kStripRows,
+                        sparse_backend::lanes::linear>;
 constexpr auto sell_linear =
     unstructured_linear<sparse_backend::sell::kMagic, sparse_backend::sell::kStripRows,
                         sparse_backend::sell::linear>;
+
+// (low [N, K], high [N, ceil(K / 2)], exponents [16], escapes [escapes, 3] of row, column and bits).
+std::tuple<Tensor, Tensor, Tensor, Tensor> bf16x12_encode(const Tensor& weight) {
+  using namespace sparse_backend::lanes;
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == ScalarType::BFloat16,
+                  "weight must be bfloat16 [N, K]");
+  const Tensor dense = torch::stable::contiguous(weight);
+  const int64_t n = dense.size(0), k = dense.size(1);
+  Tensor low = torch::stable::new_empty(dense, {n, k}, ScalarType::Byte);
+  Tensor high = torch::stable::new_empty(dense, {n, (k + 1) / 2}, ScalarType::Byte);
+  Tensor exponents = torch::stable::new_empty(dense, {16}, ScalarType::Byte);
+  sparse_backend::unstructured::ExponentTable table{};
+  std::vector<Escaped> found;
+  const int64_t bad =
+      encode_bf16x12(static_cast<const uint16_t*>(dense.const_data_ptr()), n, k,
+                     static_cast<uint8_t*>(low.mutable_data_ptr()),
+                     static_cast<uint8_t*>(high.mutable_data_ptr()), &table, &found, torch_pool());
+  STD_TORCH_CHECK(bad == 0, "weight has ", bad, " NaN or infinite value(s)");
+  std::memcpy(exponents.mutable_data_ptr(), &table, sizeof(table));
+  const auto count = static_cast<int64_t>(found.size());
+  Tensor escapes = torch::stable::new_empty(dense, {count, 3}, ScalarType::Int);
+  if (count > 0) std::memcpy(escapes.mutable_data_ptr(), found.data(), count * sizeof(Escaped));
+  return {low, high, exponents, escapes};
+}
+
+Tensor bf16x12_decode(const Tensor& low, const Tensor& high, const Tensor& exponents, const Tensor& escapes) {
+  using namespace sparse_backend::lanes;
+  check_bytes(low, 2, "low");
+  check_bytes(high, 2, "high");
+  check_bytes(exponents, 1, "exponents");
+  const int64_t n = low.size(0), k = low.size(1);
+  STD_TORCH_CHECK(high.size(0) == n && high.size(1) == (k + 1) / 2 && exponents.size(0) == 16,
+                  "high must be [", n, ", ", (k + 1) / 2, "] and exponents [16]");
+  STD_TORCH_CHECK(escapes.scalar_type() == ScalarType::Int && escapes.dim() == 2 && escapes.size(1) == 3 &&
+                      escapes.is_contiguous(),
+                  "escapes must be a contiguous int32 tensor [escapes, 3]");
+  Tensor weight = torch::stable::new_empty(low, {n, k}, ScalarType::BFloat16);
+  auto* out = static_cast<uint16_t*>(weight.mutable_data_ptr());
+  sparse_backend::unstructured::ExponentTable table;
+  std::memcpy(&table, exponents.const_data_ptr(), sizeof(table));
+  decode_bf16x12(static_cast<const uint8_t*>(low.const_data_ptr()),
+                 static_cast<const uint8_t*>(high.const_data_ptr()), table, n, k, out, torch_pool());
+  const auto* list = static_cast<const Escaped*>(escapes.const_data_ptr());
+  for (int64_t i = 0; i < escapes.size(0); ++i) {
+    const Escaped& e = list[i];
+    STD_TORCH_CHECK(e.row >= 0 && e.row < n && e.column >= 0 && e.column < k && e.bits >= 0 && e.bits < 65536,
+                    "escape ", i, " lies outside the weight");
+    out[e.row * k + e.column] = static_cast<uint16_t>(e.bits);
+  }
+  return weight;
+}
 
 void check_int8(const Tensor& t, const char* what) {
   STD_TORCH_CHECK(t.scalar_type() == ScalarType::Char && t.dim() == 2 && t.is_contiguous(), what,
@@ -312,6 +372,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_backend, m) {
   m.def(
       "bitmask_lower(Tensor mask, Tensor values, Tensor? scales, int in_features, int bits, int group_size, "
       "int activation_bits) -> Tensor");
+  m.def(
+      "lanes_lower(Tensor mask, Tensor values, Tensor? scales, int in_features, int bits, int group_size, "
+      "int activation_bits) -> Tensor");
+  m.def("bf16x12_encode(Tensor weight) -> (Tensor low, Tensor high, Tensor exponents, Tensor escapes)");
+  m.def("bf16x12_decode(Tensor low, Tensor high, Tensor exponents, Tensor escapes) -> Tensor");
+  m.def("lanes_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("bitmask_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def(
       "sell_lower(Tensor mask, Tensor values, Tensor? scales, int in_features, int bits, int group_size, "
@@ -332,6 +398,10 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_backend, CPU, m) {
   m.impl("bitmask_unpack", TORCH_BOX(&bitmask_unpack));
   m.impl("bitmask_lower", TORCH_BOX(bitmask_lower));
   m.impl("bitmask_linear", TORCH_BOX(bitmask_linear));
+  m.impl("bf16x12_encode", TORCH_BOX(&bf16x12_encode));
+  m.impl("bf16x12_decode", TORCH_BOX(&bf16x12_decode));
+  m.impl("lanes_lower", TORCH_BOX(lanes_lower));
+  m.impl("lanes_linear", TORCH_BOX(lanes_linear));
   m.impl("sell_lower", TORCH_BOX(sell_lower));
   m.impl("sell_linear", TORCH_BOX(sell_linear));
   m.impl("ternary_scan", TORCH_BOX(&ternary_scan));
@@ -368,6 +438,11 @@ __attribute__((visibility("default"))) int sparse_backend_cpu_features() {
 __attribute__((visibility("default"))) const char* sparse_backend_bitmask_kernel(int values, int x_type) {
   return sparse_backend::bitmask::kernel_name(static_cast<sparse_backend::unstructured::Values>(values),
                                               static_cast<DType>(x_type));
+}
+
+__attribute__((visibility("default"))) const char* sparse_backend_lanes_kernel(int values, int x_type) {
+  return sparse_backend::lanes::kernel_name(static_cast<sparse_backend::unstructured::Values>(values),
+                                            static_cast<DType>(x_type));
 }
 
 __attribute__((visibility("default"))) const char* sparse_backend_sell_kernel(int values) {

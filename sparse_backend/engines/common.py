@@ -281,7 +281,7 @@ class Loading:
         registry.select(packed.format, weight.device.type, packed.dtype)
         machine = packed.lower()
         self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
-        if packed.format == "int8" and options.format == "int8" and parts:
+        if packed.format in ("int8", "int4") and options.format == packed.format and parts:
             self.report.note("rounded")
         # Only ternary models are trained for activations that all ranks round alike.
         trained_int8 = packed.format == "ternary" and packed.attributes["activations"] == "int8"

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from ..errors import OptionError
 from .base import Candidate, Format, TensorSpec, naive_linear
+from .bf16x12 import Bf16x12
 from .bitmask import Bitmask
+from .block import Block
+from .int4 import Int4
 from .int8 import Int8
+from .nm import Nm
 from .sell import Sell
 from .ternary import Ternary
 
-FORMATS: dict[str, Format] = {f.name: f for f in (Bitmask(), Sell(), Ternary(), Int8())}
+FORMATS: dict[str, Format] = {
+    f.name: f for f in (Nm(), Bitmask(), Sell(), Block(), Ternary(), Bf16x12(), Int8(), Int4())
+}
 
 __all__ = ["FORMATS", "Candidate", "Format", "TensorSpec", "get_format", "naive_linear"]
 

@@ -33,10 +33,19 @@ class TensorSpec:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A format that holds one weight exactly: bytes of the canonical form, and how to make it."""
+    """A way to hold one weight, for the plan to choose from.
+
+    Attributes:
+        nbytes: of the canonical form.
+        pack: makes it.
+        values: kind of values its kernel reads, as compiler/cost.py names them.
+        stored: values its kernel reads; what is not stored costs no multiplication.
+    """
 
     nbytes: int
     pack: Callable[[], PackedWeight]
+    values: str
+    stored: int
 
 
 class Format(abc.ABC):
@@ -54,8 +63,8 @@ class Format(abc.ABC):
         return self.tensors
 
     @abc.abstractmethod
-    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
-        """How this format would hold exactly this weight (of one of `dtypes`), or None if it cannot."""
+    def candidates(self, weight: torch.Tensor, nnz: int, options: Options) -> list[Candidate]:
+        """How this format would hold this weight (of one of `dtypes`): exactly, or rounded as options.values asks."""
 
     @abc.abstractmethod
     def pack(self, weight: torch.Tensor, options: Options) -> PackedWeight:

@@ -15,6 +15,7 @@ from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
+from .ternary import MAX_COLUMNS
 
 
 def _quantise(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,8 +42,11 @@ class Int8(Format):
         TensorSpec("scales", torch.float32, 2, "[N, 1]"),
     )
 
-    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
-        return None
+    def candidates(self, weight: torch.Tensor, nnz: int, options: Options) -> list[Candidate]:
+        n, k = weight.shape
+        if options.values != "int8" or options.group_size or options.activations == "int8" or k > MAX_COLUMNS:
+            return []
+        return [Candidate(n * k + 4 * n, lambda: self.pack(weight, options), "int8", n * k)]
 
     def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:
         codes, scales = _quantise(weight)

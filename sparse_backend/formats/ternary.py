@@ -8,6 +8,9 @@ trained for it. The machine form is our own, see csrc/lowbit/layout.h.
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+
 import torch
 
 from ..errors import WeightError
@@ -90,13 +93,19 @@ class Ternary(Format):
         TensorSpec("scales", None, 2, "[1, 1], [N, 1] or [N, ceil(K / group_size)]"),
     )
 
-    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
-        found = _scan(weight) if weight.shape[1] <= MAX_COLUMNS else None
+    def candidates(self, weight: torch.Tensor, nnz: int, options: Options) -> list[Candidate]:
+        found = _scan(weight) if weight.shape[1] <= MAX_COLUMNS and options.values not in ("int8", "int4") else None
         if found is None:
-            return None
+            return []
         codes, scales, group_size = found
-        nbytes = weight.shape[0] * -(-weight.shape[1] // _PER_BYTE[options.bits or 2]) + scales.nbytes
-        return Candidate(nbytes, lambda: self.from_codes(codes, scales, group_size, options))
+        return [
+            Candidate(
+                weight.shape[0] * -(-weight.shape[1] // _PER_BYTE[bits]) + scales.nbytes,
+                partial(self.from_codes, codes, scales, group_size, dataclasses.replace(options, bits=bits)),
+                str(bits), weight.numel(),
+            )
+            for bits in ((2, 1.6) if options.bits is None else (options.bits,))
+        ]  # fmt: skip
 
     def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:
         return weight if _scan(weight) is not None else absmean(weight, options.group_size)

@@ -12,7 +12,9 @@ round-to-nearest, as LLM.int8(), Dettmers et al., 2022).
 from __future__ import annotations
 
 import abc
+import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +26,8 @@ from .base import Candidate, Format, TensorSpec
 
 # Largest code of integer values.
 LEVELS = {"int8": 127, "int4": 7}
-_BITS = {"int8": 8, "int4": 4}
+# Of stored values in the canonical form: bf16x12 is coded as it is lowered.
+BITS = {"bf16": 16, "fp16": 16, "bf16x12": 16, "int8": 8, "int4": 4}
 _ACTIVATION_BITS = {"keep": 16, "int8": 8}
 DEFAULT_GROUP = {"int8": 0, "int4": 128}
 
@@ -62,16 +65,22 @@ class Unstructured(Format):
         )
         return (self.tensors[0], stored, TensorSpec("scales", torch.float32, 2, "[N, ceil(K / group_size)]"))
 
-    def lossless(self, weight: torch.Tensor, nnz: int, options: Options) -> Candidate | None:
+    def candidates(self, weight: torch.Tensor, nnz: int, options: Options) -> list[Candidate]:
         """For values int8 and int4, which round, the candidate that was asked for."""
+        return self._candidates(weight, nnz, options, value_kinds(weight, options))
+
+    def _candidates(self, weight: torch.Tensor, nnz: int, options: Options, kinds: tuple[str, ...]) -> list[Candidate]:
         n, k = weight.shape
-        value_bits = _BITS.get(options.values or "", 8 * weight.dtype.itemsize)
         scales = 0
         if options.values in LEVELS:
             group = self._group_size(options)
             scales = 4 * n * (-(-k // group) if group else 1)
-        nbytes = n * ((k + 7) // 8) + (nnz * value_bits + 7) // 8 + scales
-        return Candidate(nbytes, lambda: self.pack(weight, options))
+        found = []
+        for kind in kinds:
+            nbytes = n * ((k + 7) // 8) + (nnz * BITS[kind] + 7) // 8 + scales
+            chosen = dataclasses.replace(options, values=kind)
+            found.append(Candidate(nbytes, partial(self.pack, weight, chosen), kind, nnz))
+        return found
 
     def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
         return None if "scales" in shapes else shapes["values"][0]
@@ -93,7 +102,8 @@ class Unstructured(Format):
             attributes: dict[str, Any] = {"values": options.values} if options.values in ("bf16", "bf16x12") else {}
             return PackedWeight(self.name, shape, values.dtype, {"mask": mask, "values": values}, attributes)
         group_size = self._group_size(options)
-        codes, scales = quantise(weight, LEVELS[options.values], group_size)
+        dense_codes, scales = quantise_groups(weight, LEVELS[options.values], group_size)
+        codes = dense_codes[weight != 0]
         attributes = {
             "values": options.values, "group_size": group_size, "activations": options.activations or "keep"
         }  # fmt: skip
@@ -152,7 +162,7 @@ class Unstructured(Format):
         with cpu.as_weight_error():
             if values in LEVELS:
                 buffer = self._lower(
-                    mask, self.codes(packed), packed.tensors["scales"], k, _BITS[values],
+                    mask, self.codes(packed), packed.tensors["scales"], k, BITS[values],
                     packed.attributes["group_size"], _ACTIVATION_BITS[packed.attributes["activations"]],
                 )  # fmt: skip
             else:
@@ -167,7 +177,7 @@ class Unstructured(Format):
         integer = attributes.get("values") in LEVELS
         if dim == 1:  # columns are interleaved in `values`: cut the dense form
             if not integer:
-                return self.pack(packed.unpack()[:, part].contiguous(), Options(values=attributes.get("values")))
+                return self._again(packed.unpack()[:, part].contiguous(), attributes)
             group_size = attributes["group_size"]
             if group_size and part.start % group_size:
                 raise WeightError(f"cannot cut columns at {part.start}: scales stand for groups of {group_size}")
@@ -187,6 +197,9 @@ class Unstructured(Format):
             return self._from_codes(mask[part].contiguous(), codes, scales, packed.dtype, attributes, shape)
         tensors = {"mask": mask[part].contiguous(), "values": packed.tensors["values"][start:stop].clone()}
         return PackedWeight(self.name, shape, packed.dtype, tensors, attributes)
+
+    def _again(self, weight: torch.Tensor, attributes: Mapping[str, Any]) -> PackedWeight:
+        return self.pack(weight, Options(values=attributes.get("values")))
 
     def _cut(self, packed: PackedWeight, ones: torch.Tensor, part: slice) -> tuple[torch.Tensor, torch.Tensor]:
         from ..kernels import cpu
@@ -215,36 +228,53 @@ class Unstructured(Format):
             raise WeightError(f"{self.name}: attributes {attributes} are not those of this format")
         expected = (n, -(-k // group_size) if group_size else 1)
         scales = packed.tensors["scales"]
-        if tuple(scales.shape) != expected:
-            raise WeightError(f"{self.name}: scales must be {expected}, got {tuple(scales.shape)}")
-        if not torch.isfinite(scales).all() or (scales < 0).any():
-            raise WeightError(f"{self.name}: scales must be finite and not negative")
+        check_scales(self.name, scales, expected)
 
 
-def quantise(weight: torch.Tensor, levels: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes of the nonzeros, int8 [nnz] row by row, and scales [N, groups] float32.
+def value_kinds(weight: torch.Tensor, options: Options) -> tuple[str, ...]:
+    """The kinds of values a plan may choose from; those of bf16 are the same numbers."""
+    if options.values in LEVELS:
+        return (options.values or "",)
+    if weight.dtype == torch.float16:
+        return ("fp16",)
+    return ("bf16", "bf16x12") if options.values is None else (options.values,)
+
+
+def check_scales(name: str, scales: torch.Tensor, expected: tuple[int, int]) -> None:
+    """WeightError unless scales have the shape and are numbers a code can be multiplied by."""
+    if tuple(scales.shape) != expected:
+        raise WeightError(f"{name}: scales must be {expected}, got {tuple(scales.shape)}")
+    if not torch.isfinite(scales).all() or (scales < 0).any():
+        raise WeightError(f"{name}: scales must be finite and not negative")
+
+
+def quantise_groups(weight: torch.Tensor, levels: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 [N, K] and scales [N, groups] float32.
 
     Args:
-        weight: [N, K], finite.
+        weight: [N, K], any float dtype.
         levels: the largest code; scale = largest magnitude of the row or group / levels.
         group_size: columns per scale; 0 for one per row.
+
+    Raises:
+        WeightError: the weight holds NaN or Inf.
     """
     n, k = weight.shape
     group = group_size or max(k, 1)
     groups = -(-k // group) if group_size else 1
     scales = torch.zeros(n, groups, dtype=torch.float32)
-    if k == 0:
-        return torch.zeros(0, dtype=torch.int8), scales
-    codes = []
+    codes = torch.empty(n, k, dtype=torch.int8)
     rows = max(1, (1 << 22) // max(1, k))
-    for start in range(0, n, rows):  # bounded scratch memory, whatever N is
+    for start in range(0, n if k else 0, rows):  # bounded scratch memory, whatever N is
         block = torch.nn.functional.pad(weight[start : start + rows].float(), (0, groups * group - k))
         parts = block.view(-1, groups, group)
         scale = parts.abs().amax(dim=2) / levels
+        if not torch.isfinite(scale).all():
+            raise WeightError("weight has NaN or infinite values")
         scales[start : start + rows] = scale
-        rounded = (parts / scale.clamp(min=1e-38)[..., None]).round().clamp(-levels, levels)
-        codes.append(rounded.view(block.shape)[block != 0].to(torch.int8))
-    return torch.cat(codes) if codes else torch.zeros(0, dtype=torch.int8), scales
+        rounded = (parts / scale.clamp(min=1e-38)[..., None]).round_().clamp_(-levels, levels)
+        codes[start : start + rows] = rounded.view(block.shape)[:, :k]
+    return codes, scales
 
 
 def _join_halves(codes: torch.Tensor) -> torch.Tensor:

@@ -42,6 +42,7 @@ def library() -> ctypes.CDLL:
         ) from None
     lib.sparse_backend_bitmask_kernel.restype = ctypes.c_char_p
     lib.sparse_backend_sell_kernel.restype = ctypes.c_char_p
+    lib.sparse_backend_lanes_kernel.restype = ctypes.c_char_p
     lib.sparse_backend_lowbit_kernel.restype = ctypes.c_char_p
     forced = envs.isa()
     if forced is not None:  # first: a failed call must leave nothing that a second one trips over
@@ -107,6 +108,12 @@ def sell_kernel(values: torch.dtype) -> str:
     return name.decode()
 
 
+def lanes_kernel(values: torch.dtype) -> str:
+    """The kernel that runs dense low-bit and blocked weights for values and activations of this dtype."""
+    name: bytes = library().sparse_backend_lanes_kernel(_DTYPE_CODES[values], _DTYPE_CODES[values])
+    return name.decode()
+
+
 def lowbit_kernel(values: torch.dtype) -> str:
     """The kernel that runs ternary and int8 weights at the active level, whatever the dtypes."""
     name: bytes = library().sparse_backend_lowbit_kernel()
@@ -147,6 +154,7 @@ def _register_fakes() -> None:
         return values.new_empty((mask.shape[0], in_features))
 
     @torch.library.register_fake("sparse_backend::sell_lower")  # type: ignore[untyped-decorator]
+    @torch.library.register_fake("sparse_backend::lanes_lower")  # type: ignore[untyped-decorator]
     @torch.library.register_fake("sparse_backend::bitmask_lower")  # type: ignore[untyped-decorator]
     def _lower(
         mask: torch.Tensor,
@@ -158,6 +166,19 @@ def _register_fakes() -> None:
         activation_bits: int,
     ) -> torch.Tensor:
         return mask.new_empty((torch.library.get_ctx().new_dynamic_size(),))  # padding and escapes depend on data
+
+    @torch.library.register_fake("sparse_backend::bf16x12_encode")  # type: ignore[untyped-decorator]
+    def _encode12(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        escapes = torch.library.get_ctx().new_dynamic_size()
+        (n, k), byte = weight.shape, torch.uint8
+        low, high = weight.new_empty((n, k), dtype=byte), weight.new_empty((n, (k + 1) // 2), dtype=byte)
+        return low, high, weight.new_empty(16, dtype=byte), weight.new_empty((escapes, 3), dtype=torch.int32)
+
+    @torch.library.register_fake("sparse_backend::bf16x12_decode")  # type: ignore[untyped-decorator]
+    def _decode12(
+        low: torch.Tensor, high: torch.Tensor, exponents: torch.Tensor, escapes: torch.Tensor
+    ) -> torch.Tensor:
+        return low.new_empty(low.shape, dtype=torch.bfloat16)
 
     @torch.library.register_fake("sparse_backend::ternary_scan")  # type: ignore[untyped-decorator]
     def _scan(weight: torch.Tensor, group_size: int) -> tuple[bool, torch.Tensor, torch.Tensor]:
@@ -194,6 +215,7 @@ def _register_fakes() -> None:
         return x.new_empty((*x.shape[:-1], out_features))
 
     @torch.library.register_fake("sparse_backend::sell_linear")  # type: ignore[untyped-decorator]
+    @torch.library.register_fake("sparse_backend::lanes_linear")  # type: ignore[untyped-decorator]
     @torch.library.register_fake("sparse_backend::bitmask_linear")  # type: ignore[untyped-decorator]
     def _linear(x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None, out_features: int) -> torch.Tensor:
         return x.new_empty((*x.shape[:-1], out_features))

@@ -57,7 +57,11 @@ _FLOATS = (*_HALVES, torch.float32)
 
 KERNELS = (
     Kernel("bitmask", "cpu", "bitmask_linear", _HALVES, cpu.ISA_LEVELS, cpu.bitmask_kernel),
+    Kernel("nm", "cpu", "bitmask_linear", _HALVES, cpu.ISA_LEVELS, cpu.bitmask_kernel),
     Kernel("sell", "cpu", "sell_linear", _HALVES, cpu.ISA_LEVELS, cpu.sell_kernel),
+    Kernel("block", "cpu", "lanes_linear", _HALVES, cpu.ISA_LEVELS, cpu.lanes_kernel),
+    Kernel("bf16x12", "cpu", "lanes_linear", (torch.bfloat16,), cpu.ISA_LEVELS, cpu.lanes_kernel),
+    Kernel("int4", "cpu", "lanes_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lanes_kernel),
     Kernel("ternary", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
     Kernel("int8", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
 )

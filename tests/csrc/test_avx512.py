@@ -26,6 +26,9 @@ def test_logic_under_emulation(tmp_path):
         "bitmask/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
         "bitmask/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
         "bitmask/avx2": ["-O0", *AVX2],
+        "lanes/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
+        "lanes/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
+        "lanes/avx2": ["-O0", *AVX2],
         "sell/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
         "sell/avx2": ["-O0", *AVX2],
         "lowbit/avx512_vnni": ["-O1", *emulate],
@@ -33,7 +36,7 @@ def test_logic_under_emulation(tmp_path):
         "lowbit/avx_vnni": ["-O1", *vnni],
         "lowbit/avx2": ["-O1", *AVX2],
     }
-    baseline = [f"{family}/{file}" for family in ("bitmask", "sell", "lowbit") for file in BASELINE]
+    baseline = [f"{family}/{file}" for family in ("bitmask", "lanes", "sell", "lowbit") for file in BASELINE]
     baseline += ["unstructured/buffer", "unstructured/pack"]
     flags |= {name: ["-O2"] for name in (*baseline, "cpu_features")}
     objects = [
@@ -75,7 +78,7 @@ BASELINE = ["pack", "linear", "scalar"]
 @pytest.mark.parametrize(
     "name",
     [
-        *(f"{family}/{file}" for family in ("bitmask", "sell", "lowbit") for file in BASELINE),
+        *(f"{family}/{file}" for family in ("bitmask", "lanes", "sell", "lowbit") for file in BASELINE),
         *("unstructured/buffer", "unstructured/pack", "cpu_features", "huge_pages"),
     ],
 )
@@ -90,6 +93,9 @@ def test_files_for_one_level_export_nothing_but_their_kernels(tmp_path):
         ("bitmask/avx2", AVX2),
         ("bitmask/avx512", AVX512),
         ("bitmask/avx512_bf16", [*AVX512, "-mavx512bf16"]),
+        ("lanes/avx2", AVX2),
+        ("lanes/avx512", AVX512),
+        ("lanes/avx512_bf16", [*AVX512, "-mavx512bf16"]),
         ("sell/avx2", AVX2),
         ("sell/avx512", AVX512),
         ("lowbit/avx2", AVX2),

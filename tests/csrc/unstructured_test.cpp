@@ -11,11 +11,14 @@
 #include "bitmask/linear.h"
 #include "bitmask/pack.h"
 #include "cpu_features.h"
+#include "lanes/linear.h"
+#include "lanes/pack.h"
 #include "sell/linear.h"
 #include "sell/pack.h"
 #include "support.h"
 
 namespace bm = sparse_backend::bitmask;
+namespace lanes = sparse_backend::lanes;
 namespace sell = sparse_backend::sell;
 namespace un = sparse_backend::unstructured;
 using sb::DType;
@@ -29,6 +32,7 @@ struct Implementation {
   uint64_t magic;
   int rows_per_part;
   un::WritePart write_part;
+  int scale_tile;
   Values values;
   bool bf16_only;
   bool same_everywhere;  // results do not depend on the instruction set
@@ -98,7 +102,8 @@ Weight make_weight(const Implementation& impl, int64_t n, int64_t k, double zero
     canonical.values = impl.values;
     canonical.data = codes.data();
   }
-  const un::Settings settings{impl.values == Values::kBf16x12, group, integer ? activation_bits : 0};
+  const un::Settings settings{impl.values == Values::kBf16x12, group, integer ? activation_bits : 0,
+                              impl.scale_tile};
   const un::Built built =
       un::build(canonical, start.data(), settings, impl.magic, impl.rows_per_part, impl.write_part, kThreads);
   const int64_t bytes = built.header.total_bytes;
@@ -209,6 +214,7 @@ std::vector<Implementation> implementations() {
                       bm::kMagic,
                       bm::kPanelRows,
                       bm::write_panel,
+                      0,
                       v,
                       bf16_only,
                       false,
@@ -221,6 +227,7 @@ std::vector<Implementation> implementations() {
                       sell::kMagic,
                       sell::kStripRows,
                       sell::write_strip,
+                      0,
                       v,
                       false,
                       true,
@@ -228,16 +235,35 @@ std::vector<Implementation> implementations() {
                       run_with<sell::Kernels, sell::linear_with>,
                       &kernels});
     };
+    const auto blocks = [&](const lanes::Kernels& kernels, bool bf16_only = false) {
+      list.push_back({std::string("lanes ") + kernels.name + kind,
+                      lanes::kMagic,
+                      lanes::kStripRows,
+                      lanes::write_strip,
+                      lanes::kStripRows,
+                      v,
+                      bf16_only,
+                      false,
+                      {0, 32, 64, 128, 256},
+                      run_with<lanes::Kernels, lanes::linear_with>,
+                      &kernels});
+    };
     const bool bf16 = v == Values::kBf16 || v == Values::kBf16x12;
     bitmask(bm::scalar_kernels(v));
     slices(sell::scalar_kernels(v));
+    blocks(lanes::scalar_kernels(v));
 #if defined(SPARSE_BACKEND_EMULATE_AVX512)
     bitmask(bm::avx512_kernels(v));
     if (bf16) bitmask(bm::avx512_bf16_kernels(v), true);
     slices(sell::avx512_kernels(v));
+    blocks(lanes::avx512_kernels(v));
+    if (bf16) blocks(lanes::avx512_bf16_kernels(v), true);
 #else
     if (sb::cpu_features().avx2) bitmask(bm::avx2_kernels(v)), slices(sell::avx2_kernels(v));
     if (sb::cpu_features().avx512) bitmask(bm::avx512_kernels(v)), slices(sell::avx512_kernels(v));
+    if (sb::cpu_features().avx2) blocks(lanes::avx2_kernels(v));
+    if (sb::cpu_features().avx512) blocks(lanes::avx512_kernels(v));
+    if (sb::cpu_features().avx512_bf16 && bf16) blocks(lanes::avx512_bf16_kernels(v), true);
     if (sb::cpu_features().avx512_bf16 && bf16) bitmask(bm::avx512_bf16_kernels(v), true);
 #endif
   }

@@ -59,6 +59,7 @@ def eager(python_lm, python_lm_50, pruned_50):
         ),
         "unpruned dense": job(python_lm),
         "unpruned flag": job(python_lm, **FLAG),
+        "unpruned fp16 flag": job(python_lm, dtype="float16", **FLAG),
         "unpruned forced": job(python_lm, **overrides(format="bitmask")),
         "coded": job(pruned_50, **overrides(values="bf16x12")),
         "85% sell": job(python_lm, **overrides(sparsity=0.85)),
@@ -105,8 +106,9 @@ def test_pruning_at_load_equals_compiling(eager):
     assert eager["pruned at load"]["tokens"] == eager["compiled"]["tokens"]
 
 
-def test_a_dense_model_stays_as_it_is(eager):
-    assert eager["unpruned flag"]["tokens"] == eager["unpruned dense"]["tokens"]
+def test_a_dense_model_is_the_same_in_12_bits(eager):
+    assert_same_tokens(eager["unpruned dense"], eager["unpruned flag"])
+    assert any(line.startswith("bf16x12: 24 projections, 9.44 MB -> 7.") for line in summaries(eager["dense"]["log"]))
     assert_same_tokens(eager["unpruned dense"], eager["unpruned forced"])
     assert eager["unpruned dense"]["tokens"] != eager["dense"]["tokens"]
 
@@ -123,7 +125,7 @@ def test_the_summary_tells_formats_sizes_and_reasons(eager):
     assert "dense: 6 projections: in 'ignore'" in lines
     assert "dense: 3 projections: format dense was asked for" in lines
     assert any(line.startswith("bitmask: 15 projections") for line in lines)
-    assert any(line.startswith("dense: 24 projections: too few zeros") for line in lines)
+    assert any(line.startswith("dense: 24 projections: predicted as fast") for line in lines)
     assert any(line.startswith("nothing was packed") for line in lines)
     # Said once by each of the three runs that pruned, not of the checkpoint that was pruned before.
     pruned = "42 projections pruned as asked ('sparsity'): not the checkpoint's function any more"

@@ -105,7 +105,7 @@ def test_auto_finds_ternary_and_only_ternary():
     almost = ternary_weight(64, 512, "row")
     almost[3, 7] = 0.1
     linear.weight.data = almost
-    assert sb.SparseLinear.from_linear(linear).format == "bitmask"  # for its zeros
+    assert sb.SparseLinear.from_linear(linear).format in ("bitmask", "bf16x12")
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

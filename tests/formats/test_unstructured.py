@@ -114,12 +114,3 @@ def test_options_that_contradict_are_named():
     with pytest.raises(sb.OptionError, match="'group_size' and 'format'"):
         sb.Options(values="bf16", group_size=128)
     assert sb.Options(values="int4", group_size=128).group_size == 128
-
-
-def test_the_plan_takes_sell_where_it_is_faster():
-    from sparse_backend.compiler import plan
-
-    for zeros, expected in ((0.5, "bitmask"), (0.7, "bitmask"), (0.8, "sell"), (0.95, "sell"), (0.0, "dense")):
-        assert plan.choose(sparse_weight(64, 512, zeros), sb.Options()).format == expected
-    # Asked to round, dense weights get smaller too.
-    assert plan.choose(sparse_weight(64, 512, 0.0), sb.Options(values="int4")).format == "bitmask"

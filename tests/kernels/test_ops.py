@@ -27,12 +27,16 @@ def test_opcheck():
     torch.library.opcheck(
         ops.bitmask_linear.default, (x[0, :, 1:].contiguous().float()[:0].new_ones(0, 77), machine, None, 21)
     )
-    for lower in (ops.bitmask_lower.default, ops.sell_lower.default):
+    for lower in (ops.bitmask_lower.default, ops.sell_lower.default, ops.lanes_lower.default):
         torch.library.opcheck(lower, (mask, values, None, 77, 12, 0, 0))
         torch.library.opcheck(lower, (mask, values.to(torch.int8), torch.ones(21, 1), 77, 8, 0, 16))
     torch.library.opcheck(
         ops.sell_linear.default, (x, sb.pack(weight, format="sell").lower().tensors["packed"], bias, 21)
     )
+    block = sb.pack(weight, format="block").lower().tensors["packed"]
+    torch.library.opcheck(ops.lanes_linear.default, (x, block, bias, 21))
+    torch.library.opcheck(ops.bf16x12_encode.default, (weight,))
+    torch.library.opcheck(ops.bf16x12_decode.default, tuple(sb.pack(weight, format="bf16x12").tensors.values()))
     torch.library.opcheck(ops.bitmask_unpack.default, (mask, values, 77))
     torch.library.opcheck(ops.bitmask_pack.default, (weight,))
 
@@ -59,7 +63,7 @@ def test_sparse_linear_replaces_linear(tmp_path):
     with torch.no_grad():
         dense.weight.copy_(sparse_weight(40, 96, 0.7))
     layer = sb.SparseLinear.from_linear(dense)
-    assert layer.format == "bitmask"
+    assert layer.format in ("bitmask", "sell")
     x = torch.randn(5, 96).bfloat16()
     assert torch.allclose(layer(x), dense(x), rtol=2e-2, atol=2e-2)
     torch.save(layer.state_dict(), tmp_path / "state.pt")
@@ -67,7 +71,8 @@ def test_sparse_linear_replaces_linear(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "state.pt"))
     assert torch.equal(other(x), layer(x))
     with pytest.raises(sb.OptionError, match="keeps this weight dense"):
-        sb.SparseLinear.from_linear(torch.nn.Linear(64, 64).bfloat16())
+        sb.SparseLinear.from_linear(torch.nn.Linear(64, 64))
+    assert sb.SparseLinear.from_linear(torch.nn.Linear(64, 64).bfloat16()).format == "bf16x12"
     forced = sb.SparseLinear.from_linear(torch.nn.Linear(64, 64).bfloat16(), format="bitmask")
     assert forced.format == "bitmask"
 

@@ -16,7 +16,8 @@ int64_t scale_groups(const Header& h) {
 
 void lay_out(Header* h, int64_t stream_bytes) {
   h->scales_offset = int64_t{sizeof(Header)} + round_up((h->parts + 1) * 8, 64);
-  h->escapes_offset = h->scales_offset + round_up(h->out_features * scale_groups(*h) * 4, 64);
+  h->escapes_offset =
+      h->scales_offset + round_up(round_up(h->out_features, kScaleRows) * scale_groups(*h) * 4, 64);
   h->stream_offset = h->escapes_offset + round_up(escape_bytes(*h), 64);
   h->total_bytes = h->stream_offset + stream_bytes + kTailPadding;
 }
@@ -30,7 +31,8 @@ const char* parse(const uint8_t* buffer, int64_t bytes, uint64_t magic, int64_t 
   if (kind < 0 || kind >= kValueKinds) return "packed weight has an unknown kind of values";
   // Bounds first: the sums below must not overflow on a header that is garbage.
   constexpr int64_t kMaxFeatures = int64_t{1} << 31;
-  const bool group = h.group_size == 0 || h.group_size == 64 || h.group_size == 128 || h.group_size == 256;
+  const bool group = h.group_size == 0 || h.group_size == 32 || h.group_size == 64 || h.group_size == 128 ||
+                     h.group_size == 256;
   const bool bits = h.activation_bits == (is_integer(h.values) ? h.activation_bits & 24 : 0) &&
                     (h.activation_bits != 24) && (is_integer(h.values) == (h.activation_bits != 0));
   if (h.out_features < 0 || h.in_features < 0 || h.out_features > kMaxFeatures ||

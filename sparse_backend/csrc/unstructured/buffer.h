@@ -3,7 +3,8 @@
 //   Header            128 bytes
 //   offsets           (parts + 1) x uint64, bytes from the start of the stream; a part is what the
 //                     format's stream is cut into (a panel of rows, a strip of rows)
-//   scales            integer values: groups x N floats
+//   scales            integer values: floats, [tile of rows][group][row]; a tile is all rows, or as many
+//                     as a format says, the last one padded
 //   escapes           kBf16x12: (N + 1) x uint32 first escape of each row, then the escapes
 //   stream            the format's own; its layout.h says how
 //   (kTailPadding bytes of zeros, so that decoders may read past the last run)
@@ -19,6 +20,7 @@
 namespace sparse_backend::unstructured {
 
 constexpr int64_t kTailPadding = 256;
+constexpr int64_t kScaleRows = 16;  // room for scales is made for a multiple of so many rows
 
 struct Header {
   uint64_t magic;  // names the format and its version

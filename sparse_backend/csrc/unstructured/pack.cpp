@@ -128,6 +128,7 @@ Built build(const Canonical& weight, const int64_t* row_start, const Settings& s
   if (settings.coded && weight.values == Values::kBf16) {
     code_exponents(weight, row_start, &built.encoding, pool);
   }
+  built.scale_tile = settings.scale_tile > 0 ? settings.scale_tile : weight.out_features;
   const int64_t parts = (weight.out_features + rows_per_part - 1) / rows_per_part;
   built.parts.resize(parts);
   std::atomic<int64_t> stored{0};
@@ -162,9 +163,10 @@ void write(const Built& built, const float* scales, uint8_t* buffer, const Threa
   for (int64_t p = 0; p < h.parts; ++p) offsets[p + 1] = offsets[p] + built.parts[p].size();
   // Transposed: the kernels scale many rows by one group at a time.
   auto* transposed = reinterpret_cast<float*>(buffer + h.scales_offset);
-  const int64_t groups = scale_groups(h);
+  const int64_t groups = scale_groups(h), tile = built.scale_tile;
   for (int64_t n = 0; n < h.out_features; ++n) {
-    for (int64_t g = 0; g < groups; ++g) transposed[g * h.out_features + n] = scales[n * groups + g];
+    float* out = transposed + n / tile * tile * groups + n % tile;
+    for (int64_t g = 0; g < groups; ++g) out[g * tile] = scales[n * groups + g];
   }
   if (h.escapes > 0) {
     uint8_t* section = buffer + h.escapes_offset;

@@ -44,11 +44,13 @@ struct Settings {
   bool coded;  // bf16 as kBf16x12, unless more than 1 value in 1000 would be an escape
   int32_t group_size;
   int32_t activation_bits;
+  int64_t scale_tile;  // rows whose scales stand together; 0: all
 };
 
 // A machine form before it is written.
 struct Built {
   Header header;
+  int64_t scale_tile;
   Encoding encoding;
   std::vector<std::vector<uint8_t>> parts;
 };

@@ -101,6 +101,9 @@ inline __m512 _mm512_add_ps(const __m512& a, const __m512& b) {
 inline __m512i _mm512_or_si512(const __m512i& a, const __m512i& b) {
   return emulated_lanes<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x | y; });
 }
+inline __m512i _mm512_xor_si512(const __m512i& a, const __m512i& b) {
+  return emulated_lanes<uint64_t>(a, b, [](uint64_t x, uint64_t y) { return x ^ y; });
+}
 inline __m512i _mm512_slli_epi16(const __m512i& a, unsigned count) {
   return emulated_lanes<uint16_t>(a, a, [=](uint16_t x, uint16_t) { return x << count; });
 }

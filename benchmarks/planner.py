@@ -1,0 +1,128 @@
+"""Is the plan right? Predicted against measured time of every format, and what its choices cost.
+
+For each shape, share of zeros and batch, every format the plan considers for such a weight, dense among them,
+takes turns (contest.py). Fails if a prediction of what was chosen or came second is more than 25% off, or if a
+choice is more than 10% slower than the best in hindsight.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from typing import Any
+
+import machine
+import torch
+from contest import Call, Contender, console, copies, measure
+from rich.table import Table
+from shapes import SHAPES
+from sparse_kernels import machine_contender
+
+from sparse_backend import Options
+from sparse_backend.compiler import calibrate, plan
+
+MOST_OFF, MOST_LOST = 0.25, 0.10
+
+
+def dense(weight: torch.Tensor) -> Contender:
+    def call() -> Call:
+        w = machine.huge(torch.empty_like(weight)).copy_(weight)
+        return lambda x: torch.nn.functional.linear(x, w)
+
+    return Contender("dense", copies(weight.nbytes, call), weight.nbytes)
+
+
+def weight_of(kind: str, zeros: float, n: int, k: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(n, k, generator=generator) * 0.02
+    if kind == "block":
+        kept = torch.rand(-(-n // 16), -(-k // 16), generator=generator) >= zeros
+        weight *= kept.repeat_interleave(16, 0)[:n].repeat_interleave(16, 1)[:, :k]
+    else:
+        weight[torch.rand(n, k, generator=generator) < zeros] = 0
+    return weight.sign().bfloat16() * 0.02 if kind == "ternary" else weight.bfloat16()
+
+
+def one(shape: str, kind: str, zeros: float, values: str | None, args: Any, profile: Any) -> list[dict[str, Any]]:
+    weight = weight_of(kind, zeros, *SHAPES[shape])
+    nnz = int(torch.count_nonzero(weight))
+    group: dict[str, Contender] = {}
+    for p in plan.predictions(weight, nnz, Options(values=values), profile):
+        group[p.name] = dense(weight) if p.pack is None else machine_contender(p.name, p.pack().lower())
+    rows = []
+    for batch in args.batch:
+        decision = plan.choose(weight, Options(values=values, batch=batch), profile)
+        chosen = decision.chosen.name if decision.chosen else "dense"
+        x = torch.randn(batch, weight.shape[1]).bfloat16()
+        exact = x.float() @ weight.float().t()
+        for c in group.values():
+            if values is None:
+                c.check(x, exact)
+        measure(list(group.values()), x, args.seconds)
+        best = min(c.seconds for c in group.values() if not c.problem)
+        second = sorted(decision.predictions, key=lambda p: p.seconds)[:2]
+        for p in decision.predictions:
+            c = group[p.name]
+            rows.append({
+                "shape": shape, "weights": kind, "zeros": zeros, "rounded": values or "", "batch": batch,
+                "format": p.name,
+                "predicted_us": p.seconds * 1e6, "measured_us": c.seconds * 1e6, "ratio": p.seconds / c.seconds,
+                "chosen": p.name == chosen, "first_two": p in second, "slower_than_best": c.seconds / best - 1,
+                "problem": c.problem,
+            })  # fmt: skip
+    return rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(SHAPES)
+    default = ["qwen3.5-27b gate/up", "qwen3.5-27b down", "llama3-8b o", "bitnet-2b gate/up"]
+    parser.add_argument("--shapes", nargs="+", choices=names, default=default, metavar="NAME", help=", ".join(names))
+    parser.add_argument("--zeros", nargs="+", type=float, default=[0.0, 0.5, 0.75, 0.9])
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8, 64])
+    parser.add_argument("--seconds", type=float, default=0.4, help="time per measurement and contender")
+    parser.add_argument("--again", action="store_true", help="measure this machine's profile again first")
+    parser.add_argument("--save", metavar="NAME", help="write results/NAME.csv and .json")
+    args = parser.parse_args()
+    profile = calibrate.current_profile(again=args.again)
+    console.print(f"{profile.machine}, {profile.bandwidth / 1e9:.1f} GB/s, profile {profile.fingerprint}")
+    cases: list[tuple[str, float, str | None]] = [("random", z, None) for z in args.zeros]
+    cases += [("random", 0.5, "int8"), ("random", 0.5, "int4"), ("block", 0.7, None), ("ternary", 0.0, None)]
+    rows: list[dict[str, Any]] = []
+    for shape in args.shapes:
+        for kind, zeros, values in cases:
+            rows += one(shape, kind, zeros, values, args, profile)
+            show(rows, shape, kind, zeros, values)
+    chosen = [r for r in rows if r["chosen"]]
+    near = [r for r in rows if r["first_two"]]
+    off = [abs(r["ratio"] - 1) for r in near]
+    lost = [r["slower_than_best"] for r in chosen]
+    within = sum(o <= MOST_OFF for o in off) / len(off)
+    right = sum(x <= MOST_LOST for x in lost) / len(lost)
+    console.print(
+        f"predictions of the first two: median {statistics.median(off):.0%} off, {within:.0%} within {MOST_OFF:.0%}, "
+        f"worst {max(off):.0%}; choices: {right:.0%} within {MOST_LOST:.0%} of the best in hindsight, worst "
+        f"{max(lost):.0%}, mean {statistics.mean(lost):.1%}"
+    )
+    if args.save:
+        machine.save_results(args.save, rows, {"machine": machine.describe(), "profile": profile.to_json()})
+    return 0 if within == 1 and right == 1 and not any(r["problem"] for r in rows) else 1
+
+
+def show(rows: list[dict[str, Any]], shape: str, kind: str, zeros: float, values: str | None) -> None:
+    same = [
+        r for r in rows if (r["shape"], r["weights"], r["zeros"], r["rounded"]) == (shape, kind, zeros, values or "")
+    ]
+    title = f"{shape}, {kind}, {zeros:.0%} zeros{', ' + values if values else ''}"
+    table = Table("batch", "format", "predicted us", "measured us", "ratio", "over best", "", title=title)
+    for r in same:
+        table.add_row(
+            str(r["batch"]), r["format"], f"{r['predicted_us']:.0f}", f"{r['measured_us']:.0f}", f"{r['ratio']:.2f}",
+            f"{r['slower_than_best']:+.0%}", ("chosen " if r["chosen"] else "") + r["problem"],
+        )  # fmt: skip
+    console.print(table)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Commands of `sparse-backend`, one file each; cli.py registers them."""

@@ -1,0 +1,307 @@
+"""Measures a Profile: seconds, once per machine, thread count and build of the kernels; then cached.
+
+Every kernel multiplies two weights of different density that stay in the last-level cache (so: instructions), and
+copies of a large one, which do not (so: memory, and what does not overlap with it).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import envs
+from ..diagnosis import cpu_model
+from ..errors import OptionError
+from ..formats import get_format
+from ..kernels import cpu, registry
+from ..options import Options
+from ..packed import MachineWeight
+from .cost import KERNELS, KernelCost, Profile, machine_bytes
+
+logger = logging.getLogger("sparse_backend")
+
+BATCHES = (1, 2, 4, 8, 16, 64)
+_SMALL = (2048, 2048)
+_LARGE = (4096, 4096)
+# Copies of a large weight are read in turn until so much has passed: more than caches hold.
+_STREAMED_BYTES = 192 << 20
+# Seconds to spend on one number, and the fewest and most calls it may come from.
+_SMALL_SECONDS, _LARGE_SECONDS = 0.012, 0.06
+_CALLS = (5, 60)
+_DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
+
+Progress = Callable[[int, int, str], None]
+
+
+def current_profile(progress: Progress | None = None, again: bool = False) -> Profile:
+    """The profile of this machine, kernel level and number of torch threads.
+
+    SPARSE_BACKEND_PROFILE names a file to use instead of measuring. Otherwise it is measured the first
+    time (under 20 seconds on two cores) and kept in the user's cache folder.
+
+    Args:
+        progress: called as (kernels done, kernels in all, kernel).
+        again: measure even if there is one.
+
+    Raises:
+        OptionError: SPARSE_BACKEND_PROFILE names no profile.
+    """
+    given = envs.profile()
+    if given is not None and not again:
+        return _given(given)
+    return _cached(torch.get_num_threads(), cpu.active_isa(), progress) if not again else _measure_and_keep(progress)
+
+
+@functools.cache
+def _given(path: str) -> Profile:
+    return Profile.load(Path(path))
+
+
+_profiles: dict[tuple[int, str], Profile] = {}
+
+
+def _cached(threads: int, isa: str, progress: Progress | None) -> Profile:
+    if (threads, isa) not in _profiles:
+        path = cache_file()
+        with _lock(path):
+            try:
+                profile = Profile.load(path)
+            except OptionError:
+                profile = _measure_and_keep(progress)
+        _profiles[threads, isa] = profile
+    return _profiles[threads, isa]
+
+
+def _measure_and_keep(progress: Progress | None) -> Profile:
+    logger.info("measuring this machine's kernels once (up to 20 s); kept in %s", cache_file())
+    threads = torch.get_num_threads()
+    profile = calibrate(progress)
+    if profile.threads != threads:
+        logger.warning(
+            "other processes keep this machine's cores busy: planned with figures of one thread, which are not kept; "
+            "run 'sparse-backend calibrate' when it is idle"
+        )
+        return profile
+    try:
+        save(profile, cache_file())
+    except OSError as error:
+        logger.warning("the machine profile cannot be kept (%s): every process will measure again", error)
+    _profiles[threads, cpu.active_isa()] = profile
+    return profile
+
+
+@functools.cache
+def _library_digest(path: Path) -> int:
+    return zlib.crc32(path.read_bytes())
+
+
+def fingerprint() -> str:
+    """What a profile depends on: processor, kernel level and build, torch, threads."""
+    library = _library_digest(Path(cpu.__file__).parents[1] / "_C.so")
+    parts = (cpu_model(), sorted(cpu.features().items()), cpu.active_isa(), torch.get_num_threads(), library)
+    return hashlib.sha256(repr((parts, torch.__version__)).encode()).hexdigest()[:16]
+
+
+def cache_file() -> Path:
+    """Where this machine's profile is kept."""
+    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(base) / "sparse_backend" / f"profile-{fingerprint()}.json"
+
+
+@contextlib.contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """One process measures, the others (tensor-parallel ranks) wait for it; without a folder, each by itself."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.with_suffix(".lock").open("w")
+    except OSError:
+        yield
+        return
+    with file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def save(profile: Profile, path: Path) -> None:
+    """Write a profile; it appears only when it is whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+        try:
+            file.write(json.dumps(profile.to_json(), indent=1) + "\n")
+            file.close()
+            Path(file.name).chmod(0o644)
+            Path(file.name).rename(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def calibrate(progress: Progress | None = None) -> Profile:
+    """Measure every kernel on this machine, with torch's present number of threads.
+
+    Where other processes keep the cores so busy that threads wait for each other, one thread is measured
+    instead, and the profile says so: formats still compare rightly then.
+    """
+    threads = torch.get_num_threads()
+    try:
+        if _busy():
+            torch.set_num_threads(1)
+        return _calibrate(progress)
+    finally:
+        torch.set_num_threads(threads)
+        _weight.cache_clear()
+
+
+def _calibrate(progress: Progress | None) -> Profile:
+    probe = torch.ones(1 << 25, dtype=torch.int64)
+    bandwidth = probe.nbytes / _sample([probe.sum], _LARGE_SECONDS)
+    del probe
+    overhead = _overhead()
+    measured: dict[str, _Measured] = {}
+    for i, (format, values) in enumerate(KERNELS):
+        if progress is not None:
+            progress(i, len(KERNELS), f"{format} {values}")
+        measured[f"{format}/{values}"] = _Measured(format, values, overhead)
+    # What a kernel really read faster than the probe is the better probe.
+    bandwidth = max([bandwidth, *(m.bytes / m.seconds for m in measured.values())])
+    kernels = {name: m.fit(bandwidth) for name, m in measured.items()}
+    machine = f"{cpu_model()}, {cpu.active_isa()}, {torch.get_num_threads()} threads"
+    if progress is not None:
+        progress(len(KERNELS), len(KERNELS), "")
+    return Profile(machine, fingerprint(), torch.get_num_threads(), bandwidth, overhead, BATCHES, kernels)
+
+
+def _busy() -> bool:
+    """Whether all threads together take longer than one, as they do where they must wait for a core."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return False
+    machine = get_format("bitmask").pack(_weight(_SMALL, 0.5, "").bfloat16(), Options()).lower()
+    product = _product(machine, _x(_SMALL[1], 1, torch.bfloat16))
+    together = _sample([product], _LARGE_SECONDS)
+    torch.set_num_threads(1)
+    alone = _sample([product], _LARGE_SECONDS)
+    torch.set_num_threads(threads)
+    return together > 1.5 * alone
+
+
+class _Measured:
+    """One kernel's measurements, from which its coefficients follow once the bandwidth is known."""
+
+    def __init__(self, format: str, values: str, overhead: float) -> None:
+        self.format, self.values = format, values
+        self.dtype = _DTYPES.get(values, torch.bfloat16)
+        if format == "dense":
+            weights = [torch.randn(_LARGE).to(self.dtype) for _ in range(4)]
+            self.points = [
+                (0.0, [_sample(_dense(weights, _x(_LARGE[1], m, self.dtype)), _LARGE_SECONDS) for m in BATCHES])
+            ]
+            self.bytes, self.seconds = weights[0].nbytes, self.points[0][1][0]
+            return
+        # sell is for few stored weights, where padding is what differs.
+        densities = (0.4, 0.05) if format == "sell" else (0.7, 0.2) if format in ("bitmask", "block") else (1.0,)
+        self.points = []
+        for density in densities:
+            machine = self._machine(_SMALL, density)
+            calls = [_product(machine, _x(_SMALL[1], m, self.dtype)) for m in BATCHES]
+            self.points.append((density, [max(_sample([c], _SMALL_SECONDS) - overhead, 1e-7) for c in calls]))
+        self.streamed = densities[-1] if format == "sell" else densities[0]
+        machine = self._machine(_LARGE, self.streamed)
+        self.bytes = machine.nbytes
+        x = _x(_LARGE[1], 1, self.dtype)
+        copies = [_copy(machine) for _ in range(min(24, 1 + _STREAMED_BYTES // self.bytes))]
+        self.seconds = _sample([_product(copy, x) for copy in copies], _LARGE_SECONDS)
+
+    def _machine(self, shape: tuple[int, int], density: float) -> MachineWeight:
+        weight = _weight(shape, density, "block" if self.format == "block" else "")
+        options = Options()
+        if self.format == "ternary":
+            weight = weight.sign()
+            options = Options(format="ternary", bits=2 if self.values == "2" else 1.6)
+        elif self.format in ("bitmask", "sell", "block"):
+            options = Options(values=self.values)
+        return get_format(self.format).pack(weight.to(self.dtype), options).lower()
+
+    def fit(self, bandwidth: float) -> KernelCost:
+        """The coefficients; see cost.py."""
+        if self.format == "dense":
+            positions = _LARGE[0] * _LARGE[1]
+            return KernelCost(tuple(t / positions for t in self.points[0][1]), (0.0,) * len(BATCHES), 0.0, 0.0)
+        positions = _SMALL[0] * _SMALL[1]
+        per_position, per_stored = [], []
+        for i in range(len(BATCHES)):
+            first, t0 = self.points[0][0], self.points[0][1][i] / positions
+            last, t1 = self.points[-1][0], self.points[-1][1][i] / positions
+            slope = max(0.0, (t0 - t1) / (first - last)) if first != last else 0.0
+            per_position.append(max(0.0, t1 - slope * last))
+            per_stored.append(slope)
+        large = _LARGE[0] * _LARGE[1]
+        compute = per_position[0] * large + per_stored[0] * large * self.streamed
+        memory = machine_bytes(self.format, self.values, _LARGE, large * self.streamed) / bandwidth
+        longer, shorter = max(compute, memory), min(compute, memory)
+        overlap = min(1.0, max(0.0, (self.seconds - longer) / shorter))
+        slower = max(1.0, (self.seconds - compute) / memory) if overlap == 1.0 else 1.0
+        return KernelCost(tuple(per_position), tuple(per_stored), overlap, slower)
+
+
+@functools.lru_cache(maxsize=6)
+def _weight(shape: tuple[int, int], density: float, pattern: str) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.empty(shape).normal_(0, 0.02, generator=generator)
+    if pattern == "block":
+        kept = torch.rand(shape[0] // 16, shape[1] // 16, generator=generator) < density
+        return weight * kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
+    return weight * (torch.rand(shape, generator=generator) < density) if density < 1 else weight
+
+
+def _x(k: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(tokens, k).to(dtype)
+
+
+def _copy(machine: MachineWeight) -> MachineWeight:
+    return dataclasses.replace(machine, tensors={name: t.clone() for name, t in machine.tensors.items()})
+
+
+def _product(machine: MachineWeight, x: torch.Tensor) -> Callable[[], Any]:
+    return functools.partial(registry.kernel(machine.format).run, x, machine, None)
+
+
+def _dense(weights: list[torch.Tensor], x: torch.Tensor) -> list[Callable[[], Any]]:
+    return [functools.partial(torch.nn.functional.linear, x, w) for w in weights]
+
+
+def _sample(calls: list[Callable[[], Any]], budget: float) -> float:
+    """Seconds of a call, calls taken in turn: the lower quartile of the quieter half.
+
+    Other processes only ever add, and where threads wait for a core that is busy, most samples are
+    milliseconds of waiting: those above twice the fastest do not count.
+    """
+    times: list[float] = []
+    for call in calls[:2]:
+        call()
+    while len(times) < _CALLS[0] or (sum(times) < budget and len(times) < _CALLS[1]):
+        call = calls[len(times) % len(calls)]
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    quiet = sorted(t for t in times if t < 2 * min(times))
+    return quiet[len(quiet) // 4]
+
+
+def _overhead() -> float:
+    machine = get_format("bitmask").pack(torch.eye(16).bfloat16(), Options()).lower()
+    return _sample([_product(machine, torch.zeros(1, 16, dtype=torch.bfloat16))], _SMALL_SECONDS)

@@ -1,0 +1,173 @@
+"""What a multiplication costs: seconds predicted from a weight's shape and zeros, before it is packed.
+
+    seconds = max(memory, compute) + overlap * min(memory, compute)
+    memory  = bytes the kernel reads / measured bandwidth
+    compute = position * N * K + stored * values stored
+
+The coefficients of every kernel, per number of tokens, are measured on the machine (calibrate.py) and kept
+in a Profile, a small JSON file.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import OptionError
+
+PROFILE_VERSION = 1
+
+_SPARSE_VALUES = ("bf16", "bf16x12", "fp16", "int8", "int4")
+# (format, kind of values) of every kernel that plans choose from; `dense` is the engine's own.
+KERNELS: tuple[tuple[str, str], ...] = (
+    ("dense", "bf16"), ("dense", "fp16"), ("dense", "fp32"), ("bf16x12", "bf16x12"), ("int8", "int8"), ("int4", "int4"),
+    ("ternary", "2"), ("ternary", "1.6"),
+    *((format, values) for format in ("bitmask", "sell", "block") for values in _SPARSE_VALUES),
+)  # fmt: skip
+
+# Formats that run on another's kernels.
+SAME_KERNELS = {"nm": "bitmask"}
+
+# Bits of a stored value, in the canonical form and as kernels read it.
+_CANONICAL_BITS = {
+    "bf16": 16, "fp16": 16, "fp32": 32, "bf16x12": 16, "int8": 8, "int4": 4, "2": 2, "1.6": 1.6
+}  # fmt: skip
+# Bytes of scales per position: of int4 a float for 128 columns, the default.
+_SCALE_BYTES = {"int4": 4 / 128}
+_MACHINE_BITS = {**_CANONICAL_BITS, "bf16x12": 12}
+# sell: headers of a block of 64 rows x 128 columns, per position; a column number per value, and half
+# a pair of padding for each row of a block.
+_SELL_HEADER = (72 + 70) / (64 * 128)
+_SELL_PADDING = 0.5 / 128
+
+
+def stored_bytes(format: str, values: str, shape: tuple[int, int], density: float) -> int:
+    """Bytes of the canonical form.
+
+    Args:
+        shape: (N, K); density: values stored / (N K), for `block` of whole blocks.
+    """
+    positions = shape[0] * shape[1]
+    bits = 12 if format == "bf16x12" else _CANONICAL_BITS[values]
+    scales = positions * _SCALE_BYTES.get(values, 0)
+    if format in ("bitmask", "sell", "nm"):
+        return math.ceil(positions / 8 + positions * density * bits / 8 + scales)
+    if format == "block":
+        return math.ceil(positions / 2048 + positions * density * bits / 8 + scales)
+    return math.ceil(positions * bits / 8 + scales)
+
+
+def machine_bytes(format: str, values: str, shape: tuple[int, int], stored: float) -> float:
+    """Bytes a kernel reads of a weight [N, K] with so many stored values."""
+    positions = shape[0] * shape[1]
+    width = _MACHINE_BITS[values] / 8
+    scales = positions * _SCALE_BYTES.get(values, 0)
+    if format == "bitmask":
+        return scales + positions / 8 + stored * width
+    if format == "sell":
+        return scales + positions * _SELL_HEADER + (stored + positions * _SELL_PADDING) * (width + 1)
+    if format == "block":
+        return scales + stored * (width + 2 / 256)
+    return scales + positions * width
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelCost:
+    """Measured coefficients of one kernel.
+
+    Attributes:
+        position, stored: seconds per position and per stored value for the tokens of Profile.batches, from
+            weights that stay in the cache.
+        overlap: share of the shorter of memory and compute time that the longer does not hide.
+        memory: by how much reading is slower than the machine's bandwidth; 0 where `position` has
+            been measured from memory and includes it.
+    """
+
+    position: tuple[float, ...]
+    stored: tuple[float, ...]
+    overlap: float
+    memory: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """One machine, as the cost model sees it.
+
+    Attributes:
+        machine: the processor's name and kernel level, for people.
+        fingerprint: of processor, kernels, torch and threads; what a cached profile is found by.
+        threads: torch threads it was measured with.
+        bandwidth: bytes per second all threads read together.
+        overhead: seconds a call takes however small.
+        batches: numbers of tokens that were measured, ascending.
+        kernels: by "format/values".
+    """
+
+    machine: str
+    fingerprint: str
+    threads: int
+    bandwidth: float
+    overhead: float
+    batches: tuple[int, ...]
+    kernels: Mapping[str, KernelCost]
+
+    def seconds(self, format: str, values: str, shape: tuple[int, int], density: float, batch: int) -> float | None:
+        """Predicted seconds of one product; None if there is no such kernel.
+
+        Args:
+            format, values: a member of KERNELS.
+            shape: (N, K) of the weight.
+            density: values stored / (N K); for `block`, of whole blocks.
+            batch: tokens.
+        """
+        format = SAME_KERNELS.get(format, format)
+        cost = self.kernels.get(f"{format}/{values}")
+        if cost is None:
+            return None
+        positions = shape[0] * shape[1]
+        stored = positions * density
+        compute = self._at(cost.position, batch) * positions + self._at(cost.stored, batch) * stored
+        memory = cost.memory * machine_bytes(format, values, shape, stored) / self.bandwidth
+        return self.overhead + max(memory, compute) + cost.overlap * min(memory, compute)
+
+    def _at(self, points: Sequence[float], batch: int) -> float:
+        """Between measured batches on a line; beyond the last in proportion to it."""
+        if batch >= self.batches[-1]:
+            return points[-1] * batch / self.batches[-1]
+        i = max(1, bisect.bisect_left(self.batches, batch))
+        low, high = self.batches[i - 1], self.batches[i]
+        return points[i - 1] + (points[i] - points[i - 1]) * (batch - low) / (high - low)
+
+    def to_json(self) -> dict[str, Any]:
+        """What `save` writes."""
+        return {"version": PROFILE_VERSION, **dataclasses.asdict(self)}
+
+    @classmethod
+    def load(cls, path: Path) -> Profile:
+        """Read a profile file.
+
+        Raises:
+            OptionError: it is missing, damaged or of another version.
+        """
+        try:
+            data = json.loads(path.read_text())
+            if data.pop("version") != PROFILE_VERSION:
+                raise ValueError("it is of another version")
+            kernels = {
+                name: KernelCost(tuple(k["position"]), tuple(k["stored"]), float(k["overlap"]), float(k["memory"]))
+                for name, k in data.pop("kernels").items()
+            }
+            profile = cls(**{**data, "batches": tuple(data["batches"]), "kernels": kernels})
+            counts = {len(points) for k in kernels.values() for points in (k.position, k.stored)}
+            if counts != {len(profile.batches)} or "dense/bf16" not in kernels or not profile.bandwidth > 0:
+                raise ValueError("it lacks measurements")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise OptionError(
+                f"{path}: is no machine profile ({error}); make one with 'sparse-backend calibrate --out FILE'"
+            ) from None
+        return profile

@@ -1,0 +1,376 @@
+// The lanes kernels, written once over a `Simd` policy that each instruction set's file defines:
+//
+//   kValues        what it reads
+//   kSteps, kPer   decode() makes kPer operands of 16 rows; kSteps times per block
+//   kParts         vectors an operand is made of
+//   kSums          accumulators per output; operand i of a block goes to number i % kSums
+//   kGemvTokens    batches up to this size decode into registers
+//   kGemmTile      tokens in the register tile of the batched kernel
+//   Element        of the prepared activations; an operand takes 4 bytes of them: one float, or a
+//                  pair of int16 or bf16
+//   Operand, Accumulator, Broadcast
+//   kOffset        what stored integers are above their value; needs wants_sums
+//   decode(run, step, exponents, out), load, store, zero, broadcast, multiply_add
+//   add_sums(a, b); for integer values: Sum, zero_sum, add_scaled(sum, accumulator, scales)
+//   store_floats(out, sum)
+//
+// An output's kSums accumulators are filled block by block, operand by operand, in `gemv` and `gemm`
+// alike, and added at the end: results depend on neither batch nor threads. Integer accumulators are
+// moved into floats at the same blocks in both.
+#pragma once
+
+#include <type_traits>
+
+#include "../activations.h"
+#include "../unstructured/quantise.h"
+#include "kernels.h"
+
+namespace sparse_backend::lanes {
+namespace {
+
+// How far ahead of the decoder memory is asked for, in bytes of stream.
+constexpr int kPrefetchBytes = 3072;
+
+struct List {
+  int count;
+  const uint16_t* block;
+  const uint8_t* runs;
+  explicit List(const uint8_t* strip) {
+    uint16_t last;
+    std::memcpy(&last, strip, sizeof(last));
+    count = last + 1;
+    block = reinterpret_cast<const uint16_t*>(strip + sizeof(last));
+    runs = strip + list_bytes(count);
+  }
+};
+
+template <class Simd>
+constexpr int64_t kRunBytes = unstructured::run_bytes(Simd::kValues, kBlockWeights);
+template <class Simd>
+constexpr bool kInteger = unstructured::is_integer(Simd::kValues);
+template <class Simd>
+constexpr int64_t kBlockBytes = kBlockColumns * int64_t{sizeof(typename Simd::Element)};
+
+// The accumulators of kTokens tokens.
+template <class Simd, int kTokens>
+struct Tile {
+  typename Simd::Accumulator acc[kTokens][Simd::kSums][Simd::kParts];
+
+  inline void clear() {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int s = 0; s < Simd::kSums; ++s) {
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) acc[t][s][p] = Simd::zero();
+      }
+    }
+  }
+
+  // Operands [kFirst, kFirst + kCount) of a block times the activations at `x`.
+  template <int kFirst, int kCount>
+  inline void multiply(const typename Simd::Operand (*w)[Simd::kParts], const uint8_t* x) {
+#pragma GCC unroll 4
+    for (int o = 0; o < kCount; ++o) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+        const auto xv = Simd::broadcast(x + 4 * ((kFirst + o) * kTokens + t));
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) {
+          auto& a = acc[t][(kFirst + o) % Simd::kSums][p];
+          a = Simd::multiply_add(w[o][p], xv, a);
+        }
+      }
+    }
+  }
+
+  // One block from its run.
+  template <int kStep = 0>
+  inline void block(const uint8_t* run, const typename Simd::Table& table, const uint8_t* x) {
+    typename Simd::Operand w[Simd::kPer][Simd::kParts];
+    Simd::template decode<kStep>(run, table, w);
+    multiply<kStep * Simd::kPer, Simd::kPer>(w, x);
+    if constexpr (kStep + 1 < Simd::kSteps) block<kStep + 1>(run, table, x);
+  }
+
+  // Stored integers are kOffset too large: takes that times the activations off again.
+  inline void take_offset(const int32_t* x_sums, int64_t stride) {
+    if constexpr (Simd::kOffset != 0) {
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) {
+          acc[t][0][p] = Simd::subtract(acc[t][0][p], x_sums[t * stride] * Simd::kOffset);
+        }
+      }
+    }
+  }
+
+  inline auto total(int t, int p) const {
+    auto sum = acc[t][0][p];
+#pragma GCC unroll 4
+    for (int s = 1; s < Simd::kSums; ++s) sum = Simd::add_sums(sum, acc[t][s][p]);
+    return sum;
+  }
+};
+
+// Of integer values: where the group of block number `b` of the list ends, and its scales.
+struct Group {
+  int end;
+  const float* scales;
+};
+
+inline Group group_at(const UnitArgs& args, const List& list, int b) {
+  int end = list.count - b < kFlushBlocks ? list.count : b + kFlushBlocks;
+  if (args.group_columns == 0) return {end, args.scales};
+  const int64_t group = list.block[b] * int64_t{kBlockColumns} / args.group_columns;
+  int i = b + 1;
+  while (i < end && list.block[i] * int64_t{kBlockColumns} / args.group_columns == group) ++i;
+  return {i, args.scales + group * kStripRows};
+}
+
+// Asks for a block's worth of what comes later, as an integer: it may be past the end.
+template <class Simd>
+inline void prefetch_block(const uint8_t* run) {
+  for (int64_t i = 0; i < kRunBytes<Simd>; i += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(run) + kPrefetchBytes + i));
+  }
+}
+
+template <class Simd, int kTokens>
+void gemv_tokens(const UnitArgs& args) {
+  const List list(args.strip);
+  const typename Simd::Table table(*args.exponents);
+  const uint8_t* run = list.runs;
+  Tile<Simd, kTokens> tile;
+  tile.clear();
+  const auto blocks = [&](int b, int end) {
+    for (; b < end; ++b, run += kRunBytes<Simd>) {
+      prefetch_block<Simd>(run);
+      tile.block(run, table, args.x + list.block[b] * kBlockBytes<Simd> * kTokens);
+      if constexpr (Simd::kOffset != 0) tile.take_offset(args.x_sums + list.block[b], args.x_sum_stride);
+    }
+  };
+  if constexpr (kInteger<Simd>) {
+    typename Simd::Sum sums[kTokens][Simd::kParts];
+    for (int t = 0; t < kTokens; ++t) {
+      for (int p = 0; p < Simd::kParts; ++p) sums[t][p] = Simd::zero_sum();
+    }
+    for (int b = 0; b < list.count;) {
+      const Group group = group_at(args, list, b);
+      blocks(b, group.end);
+      b = group.end;
+#pragma GCC unroll 8
+      for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) {
+          sums[t][p] = Simd::add_scaled(sums[t][p], tile.total(t, p), group.scales, p);
+        }
+      }
+      tile.clear();
+    }
+    for (int t = 0; t < kTokens; ++t) {
+      for (int p = 0; p < Simd::kParts; ++p) Simd::store_floats(args.out + t * kStripRows, p, sums[t][p]);
+    }
+  } else {
+    blocks(0, list.count);
+    for (int t = 0; t < kTokens; ++t) {
+      for (int p = 0; p < Simd::kParts; ++p) {
+        Simd::store_floats(args.out + t * kStripRows, p, tile.total(t, p));
+      }
+    }
+  }
+}
+
+template <class Simd, int kTokens = 1>
+void gemv(const UnitArgs& args) {
+  if (args.tokens == kTokens) return gemv_tokens<Simd, kTokens>(args);
+  if constexpr (kTokens < Simd::kGemvTokens) gemv<Simd, kTokens + 1>(args);
+}
+
+// Operands of a block, decoded.
+template <class Simd>
+constexpr int kOperands = Simd::kSteps * Simd::kPer;
+
+template <class Simd, int kStep = 0>
+inline void decode_block(const uint8_t* run, const typename Simd::Table& table, uint8_t* out) {
+  typename Simd::Operand w[Simd::kPer][Simd::kParts];
+  Simd::template decode<kStep>(run, table, w);
+#pragma GCC unroll 4
+  for (int o = 0; o < Simd::kPer; ++o) {
+#pragma GCC unroll 2
+    for (int p = 0; p < Simd::kParts; ++p) {
+      Simd::store(out + ((kStep * Simd::kPer + o) * Simd::kParts + p) * (64 / Simd::kParts), w[o][p]);
+    }
+  }
+  if constexpr (kStep + 1 < Simd::kSteps) decode_block<Simd, kStep + 1>(run, table, out);
+}
+
+// What the batched kernel keeps in memory between chunks of blocks.
+template <class Simd>
+struct Memory {
+  using Accumulator = typename Simd::Accumulator;
+  uint8_t* base;
+  uint8_t* decoded() const { return base; }
+  Accumulator* accumulators() const {
+    return reinterpret_cast<Accumulator*>(base + int64_t{kFlushBlocks} * kBlockWeights * 4);
+  }
+  auto* sums() const { return accumulators() + kGemmTokens * Simd::kSums * Simd::kParts; }
+};
+
+// Decoded blocks [b, end) of the list times kTokens tokens from `token` on.
+template <class Simd, int kTokens>
+void gemm_tile(const UnitArgs& args, const List& list, int b, int end, int token, const float* scales) {
+  const Memory<Simd> memory{static_cast<uint8_t*>(args.scratch)};
+  constexpr int kSaved = Simd::kSums * Simd::kParts;
+  auto* saved = memory.accumulators() + token * kSaved;
+  Tile<Simd, kTokens> tile;
+  tile.clear();
+  if constexpr (!kInteger<Simd>) {
+#pragma GCC unroll 8
+    for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 4
+      for (int s = 0; s < Simd::kSums; ++s) {
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) tile.acc[t][s][p] = saved[t * kSaved + s * Simd::kParts + p];
+      }
+    }
+  }
+  const uint8_t* decoded = memory.decoded();
+  const uint8_t* tile_x = args.x + token * args.x_row_bytes;
+  for (int i = b; i < end; ++i, decoded += kOperands<Simd> * 64) {
+    const uint8_t* x = tile_x + list.block[i] * kBlockBytes<Simd> * kTokens;
+    // In fours, which are the same accumulators each time.
+    static_assert(kOperands<Simd> % 4 == 0 && 4 % Simd::kSums == 0, "whole rounds");
+    for (int o = 0; o < kOperands<Simd>; o += 4) {
+      typename Simd::Operand w[4][Simd::kParts];
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; ++j) {
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) {
+          w[j][p] = Simd::load(decoded + ((o + j) * Simd::kParts + p) * (64 / Simd::kParts));
+        }
+      }
+      tile.template multiply<0, 4>(w, x + 4 * o * kTokens);
+    }
+    if constexpr (Simd::kOffset != 0) {
+      tile.take_offset(args.x_sums + token * args.x_sum_stride + list.block[i], args.x_sum_stride);
+    }
+  }
+#pragma GCC unroll 8
+  for (int t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+    for (int p = 0; p < Simd::kParts; ++p) {
+      if constexpr (kInteger<Simd>) {
+        auto* sums = reinterpret_cast<typename Simd::Sum*>(memory.sums()) + (token + t) * Simd::kParts;
+        sums[p] = Simd::add_scaled(sums[p], tile.total(t, p), scales, p);
+      } else {
+        (void)scales;
+#pragma GCC unroll 4
+        for (int s = 0; s < Simd::kSums; ++s) saved[t * kSaved + s * Simd::kParts + p] = tile.acc[t][s][p];
+      }
+    }
+  }
+}
+
+template <class Simd, int kTokens>
+void gemm_some(int tokens, const UnitArgs& args, const List& list, int b, int end, int token,
+               const float* scales) {
+  if (tokens == kTokens) return gemm_tile<Simd, kTokens>(args, list, b, end, token, scales);
+  if constexpr (kTokens > 1) gemm_some<Simd, kTokens - 1>(tokens, args, list, b, end, token, scales);
+}
+
+template <class Simd>
+void gemm(const UnitArgs& args) {
+  const List list(args.strip);
+  const typename Simd::Table table(*args.exponents);
+  const Memory<Simd> memory{static_cast<uint8_t*>(args.scratch)};
+  constexpr int kSaved = Simd::kSums * Simd::kParts;
+  for (int i = 0; i < args.tokens * kSaved; ++i) memory.accumulators()[i] = Simd::zero();
+  using Stored = typename Simd::Sum;
+  auto* sums = reinterpret_cast<Stored*>(memory.sums());
+  if constexpr (kInteger<Simd>) {
+    for (int i = 0; i < args.tokens * Simd::kParts; ++i) sums[i] = Simd::zero_sum();
+  }
+  const uint8_t* run = list.runs;
+  const int height = args.tile_tokens;
+  for (int b = 0; b < list.count;) {
+    Group group{list.count - b < kChunkBlocks ? list.count : b + kChunkBlocks, nullptr};
+    if constexpr (kInteger<Simd>) group = group_at(args, list, b);
+    uint8_t* decoded = memory.decoded();
+    for (int i = b; i < group.end; ++i, run += kRunBytes<Simd>, decoded += kOperands<Simd> * 64) {
+      prefetch_block<Simd>(run);
+      decode_block<Simd>(run, table, decoded);
+    }
+    for (int t = 0; t < args.tokens; t += height) {
+      const int tokens = args.tokens - t < height ? args.tokens - t : height;
+      gemm_some<Simd, Simd::kGemmTile>(tokens, args, list, b, group.end, t, group.scales);
+    }
+    b = group.end;
+  }
+  for (int t = 0; t < args.tokens; ++t) {
+    for (int p = 0; p < Simd::kParts; ++p) {
+      if constexpr (kInteger<Simd>) {
+        Simd::store_floats(args.out + t * kStripRows, p, sums[t * Simd::kParts + p]);
+      } else {
+        const auto* acc = memory.accumulators() + t * kSaved + p;
+        auto sum = acc[0];
+        for (int s = 1; s < Simd::kSums; ++s) sum = Simd::add_sums(sum, acc[s * Simd::kParts]);
+        Simd::store_floats(args.out + t * kStripRows, p, sum);
+      }
+    }
+  }
+}
+
+template <DType kType, class Element>
+void prepare_typed(const void* x, int64_t k, Element* out) {
+  for (int64_t i = 0; i < k; ++i) {
+    const float value = read_float<kType>(x, i);
+    if constexpr (std::is_same_v<Element, float>) {
+      out[i] = value;
+    } else {
+      out[i] = bf16_from_float(value);
+    }
+  }
+}
+
+template <class Simd>
+float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
+  using Element = typename Simd::Element;
+  auto* dst = static_cast<Element*>(out);
+  const int64_t padded = round_up(k, kBlockColumns);
+  if constexpr (kInteger<Simd>) {
+    return unstructured::quantise_int16(x, dtype, k, padded, limit, dst);
+  } else {
+    (void)limit;
+    std::memset(dst + k, 0, (padded - k) * sizeof(Element));
+    if (dtype == DType::kBf16) prepare_typed<DType::kBf16>(x, k, dst);
+    if (dtype == DType::kFp16) prepare_typed<DType::kFp16>(x, k, dst);
+    if (dtype == DType::kFp32) prepare_typed<DType::kFp32>(x, k, dst);
+    return 1.0F;
+  }
+}
+
+template <class Simd>
+constexpr Kernels make_kernels(const char* name) {
+  return Kernels{name,
+                 sizeof(typename Simd::Element),
+                 Simd::kGemvTokens,
+                 Simd::kOffset != 0,
+                 Simd::kGemmTile,
+                 prepare<Simd>,
+                 gemv<Simd>,
+                 gemm<Simd>};
+}
+
+template <template <Values> class Floats, template <Values> class Integers>
+const Kernels& pick_kernels(Values values, const char* name) {
+  static const Kernels table[] = {
+      make_kernels<Floats<Values::kBf16>>(name), make_kernels<Floats<Values::kFp16>>(name),
+      make_kernels<Floats<Values::kBf16x12>>(name), make_kernels<Integers<Values::kInt8>>(name),
+      make_kernels<Integers<Values::kInt4>>(name)};
+  return table[static_cast<int>(values)];
+}
+
+}  // namespace
+}  // namespace sparse_backend::lanes

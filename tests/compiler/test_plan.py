@@ -1,0 +1,149 @@
+"""Choosing formats, and the profile they are chosen by."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import ROOT, blocks_of_zeros, sparse_weight
+
+import sparse_backend as sb
+from sparse_backend.compiler import calibrate, cost, plan
+from sparse_backend.compiler.cost import KernelCost, Profile
+
+BATCHES = (1, 8, 64)
+
+
+def machine(**stored: float) -> Profile:
+    """Memory of 10 GB/s; kernels named `format__values` cost so many seconds per stored value and token."""
+    kernels = {"dense/bf16": KernelCost((2e-10, 16e-10, 64e-10), (0.0,) * 3, 0.0, 0.0)}
+    for name, seconds in stored.items():
+        per_batch = tuple(seconds * b for b in BATCHES)
+        kernels[name.replace("__", "/")] = KernelCost((0.0,) * 3, per_batch, 0.0, 1.0)
+    return Profile("a machine", "none", 2, 1e10, 0.0, BATCHES, kernels)
+
+
+def test_seconds_are_the_longer_of_memory_and_compute_and_what_does_not_overlap():
+    profile = machine(bitmask__bf16=1e-12)
+    shape = (1000, 1000)
+    bytes_read = 1e6 / 8 + 2 * 5e5
+    assert profile.seconds("bitmask", "bf16", shape, 0.5, 1) == pytest.approx(bytes_read / 1e10)
+    assert profile.seconds("bitmask", "bf16", shape, 0.5, 64) == pytest.approx(bytes_read / 1e10)
+    slow = machine(bitmask__bf16=1e-9)
+    assert slow.seconds("bitmask", "bf16", shape, 0.5, 4) == pytest.approx(4 * 5e5 * 1e-9)  # between 1 and 8
+    assert slow.seconds("bitmask", "bf16", shape, 0.5, 128) == pytest.approx(128 * 5e5 * 1e-9)  # beyond 64
+    kernel = KernelCost((0.0,) * 3, (1e-9,) * 3, 0.5, 2.0)
+    both = Profile("m", "none", 1, 1e10, 1e-5, BATCHES, {"dense/bf16": kernel, "bitmask/bf16": kernel})
+    expected = 1e-5 + 5e5 * 1e-9 + 0.5 * 2 * bytes_read / 1e10
+    assert both.seconds("bitmask", "bf16", shape, 0.5, 1) == pytest.approx(expected)
+    assert both.seconds("sell", "bf16", shape, 0.5, 1) is None
+
+
+@pytest.mark.parametrize("density", [0.1, 0.5])
+@pytest.mark.parametrize(("format", "values"), cost.KERNELS)
+def test_sizes_are_those_of_the_formats(format, values, density):
+    n, k = 256, 1024
+    dtype = {"fp16": torch.float16, "fp32": torch.float32}.get(values, torch.bfloat16)
+    if format == "dense":
+        assert cost.stored_bytes(format, values, (n, k), 1.0) == n * k * dtype.itemsize
+        return
+    weight = (blocks_of_zeros if format == "block" else sparse_weight)(n, k, 1 - density).to(dtype)
+    if format == "ternary":
+        packed = sb.pack(weight.sign(), format="ternary", bits=float(values))
+    else:
+        packed = sb.pack(weight, format=format, values=None if format == values else values)
+    stored = torch.count_nonzero(weight).item() / (n * k)
+    assert cost.stored_bytes(format, values, (n, k), stored) == pytest.approx(packed.nbytes, rel=0.07)
+    machine_form = cost.machine_bytes(format, values, (n, k), stored * n * k)
+    assert machine_form == pytest.approx(packed.lower().nbytes, rel=0.12)
+
+
+def test_the_fastest_is_taken_and_the_smaller_of_equals():
+    weight = sparse_weight(64, 512, 0.6)
+    assert plan.choose(weight, sb.Options(), machine(bitmask__bf16=1e-11, sell__bf16=2e-9)).format == "bitmask"
+    assert plan.choose(weight, sb.Options(), machine(bitmask__bf16=2e-9, sell__bf16=1e-11)).format == "sell"
+    # 30 ps a weight is less than the 150 ps that 12 bits take from memory; the others are slower than dense.
+    dense = torch.randn(64, 512).bfloat16()
+    assert plan.choose(dense, sb.Options(), machine(bf16x12__bf16x12=3e-11, bitmask__bf16=1e-12)).format == "bf16x12"
+    assert plan.choose(dense, sb.Options(), machine(bf16x12__bf16x12=3e-10)).format == "dense"
+
+
+def test_the_batch_decides():
+    profile = machine(bitmask__bf16=4e-11, sell__bf16=1e-11)
+    slow_sell = Profile(**{**vars(profile), "kernels": {
+        **profile.kernels, "sell/bf16": KernelCost((0.0,) * 3, (1e-11, 9e-9, 9e-8), 0.0, 1.0)}})  # fmt: skip
+    weight = sparse_weight(64, 512, 0.9)
+    assert plan.choose(weight, sb.Options(batch=1), slow_sell).format != "dense"
+    assert plan.choose(weight, sb.Options(batch=8), slow_sell).format == "bitmask"
+
+
+def test_a_format_far_slower_than_dense_in_prefill_is_not_taken():
+    # A tenth of dense at batch 1, five times dense at 64.
+    kernel = KernelCost((0.0,) * 3, (2e-11, 1e-9, 320e-10), 0.0, 0.0)
+    dense = KernelCost((2e-10, 16e-10, 64e-10), (0.0,) * 3, 0.0, 0.0)
+    kernels = {"dense/bf16": dense, "bf16x12/bf16x12": kernel}
+    profile = Profile("m", "none", 1, 1e10, 0.0, BATCHES, kernels)
+    weight = torch.randn(64, 512).bfloat16()
+    assert plan.choose(weight, sb.Options(), profile).format == "dense"
+    faster = Profile("m", "none", 1, 1e10, 0.0, BATCHES, {
+        **kernels, "bf16x12/bf16x12": KernelCost((0.0,) * 3, (2e-11, 1e-9, 160e-10), 0.0, 0.0)})  # fmt: skip
+    assert plan.choose(weight, sb.Options(), faster).format == "bf16x12"
+
+
+def test_rounded_values_are_only_taken_when_asked_for():
+    weight = sparse_weight(64, 512, 0.1)
+    everything = plan.predictions(weight, 29491, sb.Options(), Profile.load(ROOT / "tests" / "profile.json"))
+    assert {p.values for p in everything} <= {"", "bf16", "bf16x12"}
+    rounded = plan.choose(weight, sb.Options(values="int4"))
+    assert rounded.format in ("int4", "bitmask")
+    assert rounded.chosen.values == "int4"
+    assert plan.choose(weight, sb.Options(values="int8")).chosen.values == "int8"
+
+
+def test_blocks_and_ternary_weights_are_found():
+    assert plan.choose(blocks_of_zeros(256, 1024, 0.7), sb.Options()).format == "block"
+    ternary = torch.randint(-1, 2, (256, 1024)).bfloat16() * 0.02
+    assert plan.choose(ternary, sb.Options()).format == "ternary"
+    assert plan.choose(ternary, sb.Options(activations="int8")).format == "ternary"
+
+
+def test_a_profile_comes_back_as_it_was_saved(tmp_path):
+    profile = Profile.load(ROOT / "tests" / "profile.json")
+    calibrate.save(profile, tmp_path / "p.json")
+    assert Profile.load(tmp_path / "p.json") == profile
+    assert [p.name for p in tmp_path.iterdir()] == ["p.json"]
+
+
+@pytest.mark.parametrize("change", [
+    lambda d: d.update(version=99), lambda d: d.pop("kernels"), lambda d: d.update(bandwidth=0),
+    lambda d: d["kernels"].pop("dense/bf16"), lambda d: d.update(batches=[1]), lambda d: d.update(more=1),
+])  # fmt: skip
+def test_a_file_that_is_no_profile_is_named(tmp_path, change):
+    data = json.loads((ROOT / "tests" / "profile.json").read_text())
+    change(data)
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(sb.OptionError, match=r"p\.json: is no machine profile .*sparse-backend calibrate"):
+        Profile.load(path)
+    path.write_text(path.read_text()[:50])
+    with pytest.raises(sb.OptionError, match="is no machine profile"):
+        Profile.load(path)
+
+
+def test_this_machine_is_measured_once_and_the_file_is_used(tmp_path, monkeypatch):
+    monkeypatch.delenv("SPARSE_BACKEND_PROFILE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibrate, "_profiles", {})
+    seen = []
+    first = calibrate.current_profile(lambda done, total, name: seen.append(name))
+    assert set(first.kernels) == {f"{f}/{v}" for f, v in cost.KERNELS}
+    assert len(seen) == len(cost.KERNELS) + 1
+    for name, kernel in first.kernels.items():
+        assert all(p >= 0 for p in (*kernel.position, *kernel.stored, kernel.overlap)), name
+        assert any((*kernel.position, *kernel.stored)), name
+    assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) is not None
+    if first.threads == torch.get_num_threads():  # not so on a machine too busy to measure
+        assert Profile.load(calibrate.cache_file()) == first
+        calibrate._profiles.clear()
+        assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) == first
