@@ -57,6 +57,9 @@ bench: env-vllm env-sglang env-prune
 	    --shapes "llama3-8b gate/up" --batch 1 --seconds 0.5 --save kernels-zeros
 	@$(VLLM)/python benchmarks/kernels.py --format ternary --save ternary-kernels
 	@$(VLLM)/python benchmarks/engine.py --zeros 0.5 0.9 --save engine
+	@$(VLLM)/python benchmarks/engine.py --lowbit --save lowbit-engine
+	@$(VLLM)/python benchmarks/planner.py --save planner
+	@$(VLLM)/python benchmarks/compiler.py --analyze --compile bitmask --compile ternary --load --save compiler
 	@SPARSE_BACKEND_TEST_SGLANG=$(abspath $(SGLANG)/python) $(VLLM)/python benchmarks/engine.py --engine sglang \
 	    --save sglang
 	@SPARSE_BACKEND_PRUNE_PYTHON=$(abspath $(PRUNE)/python) $(VLLM)/python benchmarks/quality.py --save quality

@@ -1,6 +1,7 @@
-"""Time and peak memory of `sparse-backend analyze` and `compile` on a random Llama of 836M parameters (1.67 GB).
+"""Time and peak memory of `sparse-backend analyze` and `compile` on a random Llama of 836M parameters (1.67 GB), and
+of vLLM loading what was compiled.
 
-    python benchmarks/compiler.py --analyze --compile bitmask --compile ternary --save compiler
+    python benchmarks/compiler.py --analyze --compile bitmask --compile ternary --load --save compiler
 
 Each run is a process of its own; its peak is told above that of one that only imports what it needs. The pages
 of memory-mapped shards count as its memory while they are mapped.
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,6 +22,7 @@ from typing import Any
 
 import machine
 import random_models
+from vllm_runner import run
 
 CLI = [sys.executable, "-m", "sparse_backend.cli"]
 IMPORTS = [sys.executable, "-c", "import sparse_backend.cli, sparse_backend.compiler.compile"]
@@ -44,10 +47,31 @@ def measure(name: str, command: list[str]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def load(name: str, folder: Path, dense_bytes: int) -> dict[str, Any]:
+    """vLLM's own time for the weights, and the most memory while it loaded against what it kept."""
+    args = {"skip_tokenizer_init": True, "max_model_len": 256}
+    result = run([{"model": str(folder), "args": args}], VLLM_CPU_KVCACHE_SPACE="1")[0]
+    if "error" in result:
+        sys.exit(f"{name} failed: {result['error']}")
+    seconds = float(re.findall(r"Loading weights took ([\d.]+) seconds", result["log"])[0])
+    row = {
+        "run": name, "seconds": seconds, "gb_per_s": dense_bytes / seconds / 1e9,
+        "peak_gb": result["peak_resident"] / 1e9,
+        "resident_gb": result["resident"] / 1e9, "peak_over_resident": result["peak_resident"] / result["resident"],
+        "load": os.getloadavg()[0],
+    }  # fmt: skip
+    print(
+        f"{name}: weights in {seconds:.1f} s, {row['gb_per_s']:.2f} GB/s of dense weights; "
+        f"peak {row['peak_gb']:.2f} GB, {row['peak_over_resident']:.2f}x of the {row['resident_gb']:.2f} GB that stay"
+    )
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--analyze", action="store_true", help="with ranks, prediction (calibrated before) and reports")
     parser.add_argument("--compile", action="append", choices=COMPILE, default=[], help="repeatable")
+    parser.add_argument("--load", action="store_true", help="load every compiled checkpoint in vLLM, warm")
     parser.add_argument("--model", type=Path, help="keep the model there, or use the one that is there")
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--save", help="name of the files in benchmarks/results")
@@ -67,9 +91,11 @@ def main() -> None:
             jobs.append(("analyze", [*CLI, "analyze", str(model), *reports]))
         for name in args.compile:
             jobs.append((f"compile {name}", [*CLI, "compile", str(model), f"{folder}/out", *COMPILE[name]]))
-        rows = [measure("imports", IMPORTS)]
+        rows, loads = [measure("imports", IMPORTS)], []
         for name, command in jobs:
             row = measure(name, command)
+            if args.load and name.startswith("compile"):
+                loads.append(load(name.replace("compile", "load"), Path(folder) / "out", size))
             shutil.rmtree(f"{folder}/out", ignore_errors=True)
             row["above_imports_gb"] = row["peak_gb"] - rows[0]["peak_gb"]
             row["gb_per_s"] = size / row["seconds"] / 1e9
@@ -80,6 +106,7 @@ def main() -> None:
                 f"load {row['load']:.1f})"
             )
     if args.save:
+        rows += loads
         machine.save_results(args.save, rows, {**about, "model_bytes": size})
 
 

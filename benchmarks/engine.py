@@ -2,7 +2,7 @@
 
 Plain vLLM bf16 against the same checkpoint with --quantization sparse-compiled, each in a
 process of its own, taking turns, with the same compute threads. The tokens are compared
-first. With --ternary: 1.58-bit models, and llama.cpp as a peer (ternary_engine.py). With
+first. With --ternary: 1.58-bit models, with --lowbit dense ones, and llama.cpp as a peer (ternary_engine.py). With
 --engine sglang: SGLang against vLLM, and SGLang's server (sglang_engine.py).
 """
 
@@ -135,10 +135,20 @@ def main() -> int:
     parser.add_argument("--no-serving", action="store_true", help="with --engine sglang: no bench_serving")
     parser.add_argument("--ternary", action="store_true", help="ternary weights instead of sparse ones")
     parser.add_argument(
-        "--threads", nargs="+", type=int, default=[os.cpu_count() or 1], help="with --ternary; one with --engine"
+        "--lowbit", action="store_true", help="dense weights as bf16x12, int8 and int4 (llama.cpp: Q4_0)"
     )
     parser.add_argument(
-        "--engines", nargs="+", default=[""], help="with --ternary: only names that contain one of these"
+        "--threads",
+        nargs="+",
+        type=int,
+        default=[os.cpu_count() or 1],
+        help="with --ternary and --lowbit; one with --engine",
+    )
+    parser.add_argument(
+        "--engines",
+        nargs="+",
+        default=[""],
+        help="with --ternary and --lowbit: only names that contain one of these",
     )
     parser.add_argument("--zeros", nargs="+", type=float, default=[0.7])
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
@@ -150,13 +160,13 @@ def main() -> int:
     parser.add_argument("--inductor", action="store_true", help="with torch.compile; eager otherwise")
     parser.add_argument("--save", metavar="NAME", help="write results/NAME.csv and NAME.json")
     args = parser.parse_args()
-    if args.engine == "sglang" and args.ternary:
-        parser.error("--engine sglang measures a ternary model too; leave out --ternary")
+    if args.engine == "sglang" and (args.ternary or args.lowbit):
+        parser.error("--engine sglang measures a ternary model too; leave out --ternary and --lowbit")
     about = machine.describe()
     console.print_json(json.dumps(about))
     with tempfile.TemporaryDirectory(prefix="sparse-backend-bench-") as folder:
         run_all = sglang_engine.measure if args.engine == "sglang" else measure
-        rows = (ternary_engine.measure if args.ternary else run_all)(args, Path(folder))
+        rows = (ternary_engine.measure if args.ternary or args.lowbit else run_all)(args, Path(folder))
     if args.save:
         machine.save_results(args.save, rows, about)
     return 0

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-TYPES = ("TQ2_0", "TQ1_0")
+TERNARY_TYPES = ("TQ2_0", "TQ1_0")
 
 
 def available() -> str | None:
@@ -129,7 +129,7 @@ def quantised(weight: torch.Tensor, name: str) -> tuple[np.ndarray, int]:
 
 
 def write_gguf(model: Path, target: Path, type_name: str) -> None:
-    """A random Llama checkpoint in Hugging Face layout as GGUF, projections in a ternary type.
+    """A random Llama checkpoint in Hugging Face layout as GGUF, projections in one of ggml's types.
 
     The rows of q and k are not reordered for llama.cpp's rotary layout: speed is what is measured,
     and random weights have no tokens to compare.

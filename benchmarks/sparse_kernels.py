@@ -121,7 +121,11 @@ def csr_peers(weight: torch.Tensor) -> list[Contender]:
 def contenders(weight: torch.Tensor, args: argparse.Namespace) -> list[Contender]:
     chosen = [pair for pair in OURS if not args.ours or " ".join(pair) in args.ours]
     out = [ours(weight, *pair) for pair in chosen] + dense_peers(weight)
-    return out if args.no_peers else out + quantised_peers(weight) + csr_peers(weight)
+    if args.no_peers:
+        return out
+    zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()
+    # CSR of a dense matrix is six times its size, and nobody's choice.
+    return out + quantised_peers(weight) + (csr_peers(weight) if zeros > 0.25 else [])
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:

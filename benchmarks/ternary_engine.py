@@ -1,4 +1,4 @@
-"""Ternary models end to end: engine.py --ternary. vLLM bf16, vLLM with this plugin, llama.cpp.
+"""Ternary (engine.py --ternary) or dense low-bit (--lowbit) models end to end: vLLM bf16, this plugin, llama.cpp.
 
 All run the same random weights (a Llama with BitNet-2B-4T's layers, vocabulary 512) on the same
 number of compute threads, each in a process of its own, taking turns. llama.cpp reads a GGUF that
@@ -29,12 +29,20 @@ def overrides(**options: Any) -> dict[str, Any]:
     return {"hf_overrides": {"quantization_config": {"quant_method": "sparse-compiled", **options}}}
 
 
-ENGINES: dict[str, dict[str, Any]] = {
+TERNARY: dict[str, dict[str, Any]] = {
     "vLLM bf16": {},
     "ours, 2 bits, int8": overrides(activations="int8"),
     "ours, 1.6 bits, int8": overrides(activations="int8", bits=1.6),
     "ours, 2 bits, keep": overrides(),
 }
+LOWBIT: dict[str, dict[str, Any]] = {
+    "vLLM bf16": {},
+    "ours, bf16x12": overrides(format="bf16x12"),
+    "ours, int8": overrides(format="int8"),
+    "ours, int4": overrides(format="int4"),
+}
+# Types of llama.cpp's that are peers of each; the first is compared with in the table.
+PEERS = {"ternary": ggml_peer.TERNARY_TYPES, "lowbit": ("Q4_0", "Q8_0")}
 
 
 def ask_vllm(model: Path, extra: dict[str, Any], batch: int, threads: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -64,16 +72,17 @@ def ask_llama(gguf: Path, batch: int, threads: int, args: argparse.Namespace) ->
 
 
 def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
-    model = folder / "ternary"
-    save_llama(model, demo_config(args.layers), ternary=True)
+    model = folder / "model"
+    save_llama(model, demo_config(args.layers), ternary=args.ternary)
+    engines = TERNARY if args.ternary else LOWBIT
     contenders: dict[str, Any] = {
-        name: lambda b, t, extra=extra: ask_vllm(model, extra, b, t, args) for name, extra in ENGINES.items()
+        name: lambda b, t, extra=extra: ask_vllm(model, extra, b, t, args) for name, extra in engines.items()
     }
     why = ggml_peer.available()
     if why is not None:
         console.print(f"llama.cpp is not measured: {why}", highlight=False)
     else:
-        for kind in ggml_peer.TYPES:
+        for kind in PEERS["ternary" if args.ternary else "lowbit"]:
             ggml_peer.write_gguf(model, folder / f"{kind}.gguf", kind)
             gguf = folder / f"{kind}.gguf"
             contenders[f"llama.cpp {kind}"] = lambda b, t, gguf=gguf: ask_llama(gguf, b, t, args)
@@ -97,8 +106,9 @@ def report(
         return statistics.median(values) if values else float("nan")
 
     mode = "inductor" if args.inductor else "eager"
+    peer = PEERS["ternary" if args.ternary else "lowbit"][0]
     table = Table(
-        "", "decode, tokens/s", "over vLLM bf16", "over TQ2_0", f"prefill of {PREFILL}, tokens/s", "over vLLM bf16",
+        "", "decode, tokens/s", "over vLLM bf16", f"over {peer}", f"prefill of {PREFILL}, tokens/s", "over vLLM bf16",
         "load, s", title=f"batch {batch}, {threads} compute thread(s), {args.layers} layers, vLLM {mode}",
         title_justify="left",
     )  # fmt: skip
@@ -109,12 +119,12 @@ def report(
         row = {
             "engine": name, "batch": batch, "threads": threads, "layers": args.layers, "mode": mode,
             "decode_per_s": decode, "decode_over_vllm_bf16": decode / median("vLLM bf16", "decode"),
-            "decode_over_tq2_0": decode / median("llama.cpp TQ2_0", "decode"), "prefill_per_s": prefill,
+            f"decode_over_{peer.lower()}": decode / median(f"llama.cpp {peer}", "decode"), "prefill_per_s": prefill,
             "prefill_over_vllm_bf16": prefill / median("vLLM bf16", "prefill"), "load_s": load,
         }  # fmt: skip
         rows.append(row)
         table.add_row(
-            name, f"{decode:.1f}", f"{row['decode_over_vllm_bf16']:.2f}", f"{row['decode_over_tq2_0']:.2f}",
+            name, f"{decode:.1f}", f"{row['decode_over_vllm_bf16']:.2f}", f"{row[f'decode_over_{peer.lower()}']:.2f}",
             f"{prefill:.0f}", f"{row['prefill_over_vllm_bf16']:.2f}", f"{load:.1f}",
         )  # fmt: skip
     console.print(table)

@@ -54,7 +54,7 @@ def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
     if not peers or why is not None:
         return out + dense
     ggml = ggml_peer.Ggml()
-    for name in ggml_peer.TYPES:
+    for name in ggml_peer.TERNARY_TYPES:
         data, kind = ggml_peer.quantised(weight, name)
         calls = copies(data.nbytes, lambda d=data, t=kind: ggml_peer.MatMul(ggml, d, t, n, k))  # type: ignore[misc]
         out.append(Contender(name, calls, data.nbytes))

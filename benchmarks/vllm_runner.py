@@ -39,6 +39,13 @@ def _resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
+def _peak() -> int:
+    """The most bytes that were resident at once since this process began."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def _anonymous() -> int:
     """Resident bytes that are not pages of files: what weights and caches take."""
     for line in Path("/proc/self/status").read_text().splitlines():
@@ -125,6 +132,7 @@ def _job(job: dict[str, Any]) -> dict[str, Any]:
     gc.collect()
     # Before any request: weights, and a KV cache that is reserved but not yet touched.
     result["memory"] = _anonymous() - before
+    result["resident"], result["peak_resident"] = _resident(), _peak()
     result["threads"] = torch.get_num_threads()
     if "embed" in job:
         result["embeddings"] = [o.outputs.embedding for o in llm.embed(job["embed"], use_tqdm=False)]
