@@ -119,7 +119,7 @@ def csr_peers(weight: torch.Tensor) -> list[Contender]:
 
 
 def contenders(weight: torch.Tensor, args: argparse.Namespace) -> list[Contender]:
-    chosen = [pair for pair in OURS if not args.ours or " ".join(pair) in args.ours]
+    chosen = [pair for pair in OURS if not args.ours or pair[0] in args.ours or " ".join(pair) in args.ours]
     out = [ours(weight, *pair) for pair in chosen] + dense_peers(weight)
     if args.no_peers:
         return out

@@ -12,6 +12,7 @@ struct Avx512Bf16 {
   static constexpr int kParts = 1, kSums = 4, kGemvTokens = 6, kGemmTile = 6, kOffset = 0;
   static constexpr int kPer = kKind == Values::kBf16x12 ? 2 : 1;
   static constexpr int kSteps = kBlockColumns / 2 / kPer;
+  static constexpr int streams(int tokens) { return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; }
   using Element = uint16_t;
   using Operand = __m512i;
   using Accumulator = __m512;

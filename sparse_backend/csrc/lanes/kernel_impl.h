@@ -5,6 +5,7 @@
 //   kParts         vectors an operand is made of
 //   kSums          accumulators per output; operand i of a block goes to number i % kSums
 //   kGemvTokens    batches up to this size decode into registers
+//   streams(tokens)  strips side by side that the registers have room for
 //   kGemmTile      tokens in the register tile of the batched kernel
 //   Element        of the prepared activations; an operand takes 4 bytes of them: one float, or a
 //                  pair of int16 or bf16
@@ -29,7 +30,7 @@ namespace sparse_backend::lanes {
 namespace {
 
 // How far ahead of the decoder memory is asked for, in bytes of stream.
-constexpr int kPrefetchBytes = 3072;
+constexpr int kPrefetchBytes = 2048;
 
 struct List {
   int count;
@@ -50,6 +51,19 @@ template <class Simd>
 constexpr bool kInteger = unstructured::is_integer(Simd::kValues);
 template <class Simd>
 constexpr int64_t kBlockBytes = kBlockColumns * int64_t{sizeof(typename Simd::Element)};
+
+// Asks for what a step takes of the block that comes kPrefetchBytes later; as an integer, as it may be past
+// the end. Spread over the steps: a burst of prefetches would wait for each other, and the loads for them.
+template <class Simd, int kStep>
+inline void prefetch_step(const uint8_t* run) {
+  constexpr int64_t kBytes = kRunBytes<Simd> / Simd::kSteps;
+  constexpr int64_t kFirst = (kStep * kBytes + 63) / 64, kEnd = ((kStep + 1) * kBytes + 63) / 64;
+#pragma GCC unroll 8
+  for (int64_t line = kFirst; line < kEnd; ++line) {
+    __builtin_prefetch(
+        reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(run) + kPrefetchBytes + 64 * line));
+  }
+}
 
 // The accumulators of kTokens tokens.
 template <class Simd, int kTokens>
@@ -88,6 +102,7 @@ struct Tile {
   template <int kStep = 0>
   inline void block(const uint8_t* run, const typename Simd::Table& table, const uint8_t* x) {
     typename Simd::Operand w[Simd::kPer][Simd::kParts];
+    prefetch_step<Simd, kStep>(run);
     Simd::template decode<kStep>(run, table, w);
     multiply<kStep * Simd::kPer, Simd::kPer>(w, x);
     if constexpr (kStep + 1 < Simd::kSteps) block<kStep + 1>(run, table, x);
@@ -114,70 +129,111 @@ struct Tile {
   }
 };
 
-// Of integer values: where the group of block number `b` of the list ends, and its scales.
+// Of integer values: where the group of block number `b` of the list ends, and where its scales stand
+// among the strip's.
 struct Group {
   int end;
-  const float* scales;
+  int64_t scales;
 };
 
 inline Group group_at(const UnitArgs& args, const List& list, int b) {
   int end = list.count - b < kFlushBlocks ? list.count : b + kFlushBlocks;
-  if (args.group_columns == 0) return {end, args.scales};
+  if (args.group_columns == 0) return {end, 0};
   const int64_t group = list.block[b] * int64_t{kBlockColumns} / args.group_columns;
   int i = b + 1;
   while (i < end && list.block[i] * int64_t{kBlockColumns} / args.group_columns == group) ++i;
-  return {i, args.scales + group * kStripRows};
+  return {i, group * kStripRows};
 }
 
-// Asks for a block's worth of what comes later, as an integer: it may be past the end.
-template <class Simd>
-inline void prefetch_block(const uint8_t* run) {
-  for (int64_t i = 0; i < kRunBytes<Simd>; i += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(run) + kPrefetchBytes + i));
-  }
-}
-
-template <class Simd, int kTokens>
-void gemv_tokens(const UnitArgs& args) {
-  const List list(args.strip);
+// kStreams strips side by side, which store the same blocks: memory delivers several streams faster
+// than one, and the activations are read once.
+template <class Simd, int kTokens, int kStreams>
+void gemv_strips(const UnitArgs& args, int strip) {
   const typename Simd::Table table(*args.exponents);
-  const uint8_t* run = list.runs;
-  Tile<Simd, kTokens> tile;
-  tile.clear();
+  const List list(args.strip[strip]);
+  const uint8_t* run[kStreams];
+  Tile<Simd, kTokens> tile[kStreams];
+#pragma GCC unroll 4
+  for (int s = 0; s < kStreams; ++s) {
+    run[s] = args.strip[strip + s] + (list.runs - args.strip[strip]);
+    tile[s].clear();
+  }
   const auto blocks = [&](int b, int end) {
-    for (; b < end; ++b, run += kRunBytes<Simd>) {
-      prefetch_block<Simd>(run);
-      tile.block(run, table, args.x + list.block[b] * kBlockBytes<Simd> * kTokens);
-      if constexpr (Simd::kOffset != 0) tile.take_offset(args.x_sums + list.block[b], args.x_sum_stride);
+    for (; b < end; ++b) {
+      const uint8_t* x = args.x + list.block[b] * kBlockBytes<Simd> * kTokens;
+#pragma GCC unroll 4
+      for (int s = 0; s < kStreams; ++s) {
+        tile[s].block(run[s], table, x);
+        run[s] += kRunBytes<Simd>;
+        if constexpr (Simd::kOffset != 0) tile[s].take_offset(args.x_sums + list.block[b], args.x_sum_stride);
+      }
     }
   };
+  const auto out = [&](int s, int t) { return args.out + ((strip + s) * args.tokens + t) * kStripRows; };
   if constexpr (kInteger<Simd>) {
-    typename Simd::Sum sums[kTokens][Simd::kParts];
-    for (int t = 0; t < kTokens; ++t) {
-      for (int p = 0; p < Simd::kParts; ++p) sums[t][p] = Simd::zero_sum();
+    typename Simd::Sum sums[kStreams][kTokens][Simd::kParts];
+    for (auto& stream : sums) {
+      for (auto& token : stream) {
+        for (auto& sum : token) sum = Simd::zero_sum();
+      }
     }
     for (int b = 0; b < list.count;) {
       const Group group = group_at(args, list, b);
       blocks(b, group.end);
       b = group.end;
+#pragma GCC unroll 4
+      for (int s = 0; s < kStreams; ++s) {
+        const float* scales = args.scales + (strip + s) * args.strip_scales + group.scales;
 #pragma GCC unroll 8
-      for (int t = 0; t < kTokens; ++t) {
+        for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
-        for (int p = 0; p < Simd::kParts; ++p) {
-          sums[t][p] = Simd::add_scaled(sums[t][p], tile.total(t, p), group.scales, p);
+          for (int p = 0; p < Simd::kParts; ++p) {
+            sums[s][t][p] = Simd::add_scaled(sums[s][t][p], tile[s].total(t, p), scales, p);
+          }
         }
+        tile[s].clear();
       }
-      tile.clear();
     }
-    for (int t = 0; t < kTokens; ++t) {
-      for (int p = 0; p < Simd::kParts; ++p) Simd::store_floats(args.out + t * kStripRows, p, sums[t][p]);
+    for (int s = 0; s < kStreams; ++s) {
+      for (int t = 0; t < kTokens; ++t) {
+        for (int p = 0; p < Simd::kParts; ++p) Simd::store_floats(out(s, t), p, sums[s][t][p]);
+      }
     }
   } else {
     blocks(0, list.count);
-    for (int t = 0; t < kTokens; ++t) {
-      for (int p = 0; p < Simd::kParts; ++p) {
-        Simd::store_floats(args.out + t * kStripRows, p, tile.total(t, p));
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) {
+      for (int t = 0; t < kTokens; ++t) {
+        for (int p = 0; p < Simd::kParts; ++p) Simd::store_floats(out(s, t), p, tile[s].total(t, p));
       }
+    }
+  }
+}
+
+// Whether strips [first, first + count) store the same blocks, as those of a dense weight do.
+inline bool same_blocks(const UnitArgs& args, int first, int count) {
+  uint16_t last;
+  std::memcpy(&last, args.strip[first], sizeof(last));
+  for (int s = 1; s < count; ++s) {
+    if (args.strip[first + s] == nullptr) return false;
+    if (std::memcmp(args.strip[first], args.strip[first + s], 2 * (int64_t{last} + 2)) != 0) return false;
+  }
+  return true;
+}
+
+template <class Simd, int kTokens>
+void gemv_tokens(const UnitArgs& args) {
+  constexpr int kStreams = Simd::streams(kTokens);
+  int s = 0;
+  while (s < args.strips) {
+    if (args.strip[s] == nullptr) {  // stores nothing
+      std::memset(args.out + s * args.tokens * kStripRows, 0, kTokens * kStripRows * sizeof(float));
+      ++s;
+    } else if (kStreams > 1 && s + kStreams <= args.strips && same_blocks(args, s, kStreams)) {
+      gemv_strips<Simd, kTokens, kStreams>(args, s);
+      s += kStreams;
+    } else {
+      gemv_strips<Simd, kTokens, 1>(args, s++);
     }
   }
 }
@@ -195,6 +251,7 @@ constexpr int kOperands = Simd::kSteps * Simd::kPer;
 template <class Simd, int kStep = 0>
 inline void decode_block(const uint8_t* run, const typename Simd::Table& table, uint8_t* out) {
   typename Simd::Operand w[Simd::kPer][Simd::kParts];
+  prefetch_step<Simd, kStep>(run);
   Simd::template decode<kStep>(run, table, w);
 #pragma GCC unroll 4
   for (int o = 0; o < Simd::kPer; ++o) {
@@ -281,8 +338,8 @@ void gemm_some(int tokens, const UnitArgs& args, const List& list, int b, int en
 }
 
 template <class Simd>
-void gemm(const UnitArgs& args) {
-  const List list(args.strip);
+void gemm_strip(const UnitArgs& args, int strip) {
+  const List list(args.strip[strip]);
   const typename Simd::Table table(*args.exponents);
   const Memory<Simd> memory{static_cast<uint8_t*>(args.scratch)};
   constexpr int kSaved = Simd::kSums * Simd::kParts;
@@ -295,29 +352,41 @@ void gemm(const UnitArgs& args) {
   const uint8_t* run = list.runs;
   const int height = args.tile_tokens;
   for (int b = 0; b < list.count;) {
-    Group group{list.count - b < kChunkBlocks ? list.count : b + kChunkBlocks, nullptr};
+    Group group{list.count - b < kChunkBlocks ? list.count : b + kChunkBlocks, 0};
     if constexpr (kInteger<Simd>) group = group_at(args, list, b);
     uint8_t* decoded = memory.decoded();
     for (int i = b; i < group.end; ++i, run += kRunBytes<Simd>, decoded += kOperands<Simd> * 64) {
-      prefetch_block<Simd>(run);
       decode_block<Simd>(run, table, decoded);
     }
     for (int t = 0; t < args.tokens; t += height) {
       const int tokens = args.tokens - t < height ? args.tokens - t : height;
-      gemm_some<Simd, Simd::kGemmTile>(tokens, args, list, b, group.end, t, group.scales);
+      gemm_some<Simd, Simd::kGemmTile>(tokens, args, list, b, group.end, t,
+                                       args.scales + strip * args.strip_scales + group.scales);
     }
     b = group.end;
   }
   for (int t = 0; t < args.tokens; ++t) {
+    float* out = args.out + (strip * args.tokens + t) * kStripRows;
     for (int p = 0; p < Simd::kParts; ++p) {
       if constexpr (kInteger<Simd>) {
-        Simd::store_floats(args.out + t * kStripRows, p, sums[t * Simd::kParts + p]);
+        Simd::store_floats(out, p, sums[t * Simd::kParts + p]);
       } else {
         const auto* acc = memory.accumulators() + t * kSaved + p;
         auto sum = acc[0];
         for (int s = 1; s < Simd::kSums; ++s) sum = Simd::add_sums(sum, acc[s * Simd::kParts]);
-        Simd::store_floats(args.out + t * kStripRows, p, sum);
+        Simd::store_floats(out, p, sum);
       }
+    }
+  }
+}
+
+template <class Simd>
+void gemm(const UnitArgs& args) {
+  for (int s = 0; s < args.strips; ++s) {
+    if (args.strip[s] != nullptr) {
+      gemm_strip<Simd>(args, s);
+    } else {
+      std::memset(args.out + s * args.tokens * kStripRows, 0, args.tokens * kStripRows * sizeof(float));
     }
   }
 }

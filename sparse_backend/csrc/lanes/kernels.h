@@ -12,6 +12,8 @@ namespace sparse_backend::lanes {
 
 using unstructured::ExponentTable;
 
+// Strips per call, so that kernels can read several streams of memory at once.
+constexpr int kUnitStrips = 4;
 // Tokens per call for larger batches.
 constexpr int kGemmTokens = 48;
 // Blocks decoded at a time by the batched kernel: 16 KB of floats, and 6 KB of activations per tile, fit an
@@ -27,17 +29,19 @@ constexpr int64_t kScratchBytes =
     int64_t{kFlushBlocks} * kBlockWeights * 4 + int64_t{kGemmTokens} * (kMostSums + 1) * 64;
 
 struct UnitArgs {
-  const uint8_t* strip;            // its stream, not empty
-  const ExponentTable* exponents;  // of kBf16x12 values
-  const float* scales;             // integer values: of the strip, [groups][kStripRows]
-  int64_t group_columns;           // columns per group of scales; 0: one group
-  const uint8_t* x;                // activations in tiles of tokens: [tile][4 bytes' worth of columns][token]
-  int64_t x_row_bytes;             // of one token
-  int tile_tokens;                 // of a tile; the last one may have fewer
-  const int32_t* x_sums;           // [tokens][x_sum_stride] sums of 16 columns, for kernels that ask
+  const uint8_t* strip[kUnitStrips];  // the stream of each; nullptr for one that stores nothing
+  int strips;                         // 1..kUnitStrips
+  const ExponentTable* exponents;     // of kBf16x12 values
+  const float* scales;                // integer values: of the first strip, [groups][kStripRows]
+  int64_t strip_scales;               // floats from one strip's scales to the next one's
+  int64_t group_columns;              // columns per group of scales; 0: one group
+  const uint8_t* x;       // activations in tiles of tokens: [tile][4 bytes' worth of columns][token]
+  int64_t x_row_bytes;    // of one token
+  int tile_tokens;        // of a tile; the last one may have fewer
+  const int32_t* x_sums;  // [tokens][x_sum_stride] sums of 16 columns, for kernels that ask
   int64_t x_sum_stride;
   int tokens;
-  float* out;     // [tokens][kStripRows] results; of integer values before the activations' scales
+  float* out;     // [strips][tokens][kStripRows]; of integer values before the activations' scales
   void* scratch;  // kScratchBytes, 64-byte aligned
 };
 

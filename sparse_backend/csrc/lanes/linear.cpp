@@ -86,12 +86,13 @@ void linear_with(const Kernels& kernels, const unstructured::View& w, const unst
       }
     });
 
-    int64_t range = kMultiplyAdds / (kStripRows * (k + 1) * tokens) + 1;
-    const int64_t even_share = h.parts / (8 * int64_t{pool.threads}) + 1;
-    if (h.parts > range && range < even_share) range = even_share;
-    parallel_ranges(pool, h.parts, range, [&](int64_t begin, int64_t end) {
+    const int64_t units = (h.parts + kUnitStrips - 1) / kUnitStrips;
+    int64_t range = kMultiplyAdds / (kUnitStrips * kStripRows * (k + 1) * tokens) + 1;
+    const int64_t even_share = units / (8 * int64_t{pool.threads}) + 1;
+    if (units > range && range < even_share) range = even_share;
+    parallel_ranges(pool, units, range, [&](int64_t begin, int64_t end) {
       thread_local Scratch memory;
-      constexpr int64_t kResultBytes = int64_t{kStripRows} * kGemmTokens * 4;
+      constexpr int64_t kResultBytes = int64_t{kUnitStrips} * kStripRows * kGemmTokens * 4;
       const int64_t groups = unstructured::scale_groups(h);
       uint8_t* scratch = memory.reserve(kResultBytes + kScratchBytes);
       UnitArgs unit{};
@@ -100,23 +101,26 @@ void linear_with(const Kernels& kernels, const unstructured::View& w, const unst
       unit.x = prepared;
       unit.x_row_bytes = row_bytes;
       unit.tile_tokens = height;
+      unit.strip_scales = groups * kStripRows;
       unit.x_sums = x_sums;
       unit.x_sum_stride = blocks;
       unit.tokens = tokens;
       unit.out = reinterpret_cast<float*>(scratch);
       unit.scratch = scratch + kResultBytes;
-      for (int64_t strip = begin; strip < end; ++strip) {
-        const int64_t first = strip * kStripRows;
-        const int64_t rows = n - first < kStripRows ? n - first : kStripRows;
-        unit.scales = w.scales + first * groups;
-        unit.strip = w.stream + w.offsets[strip];
-        if (w.offsets[strip] == w.offsets[strip + 1]) {
-          std::memset(unit.out, 0, kResultBytes);
-        } else {
-          (batched ? kernels.gemm : kernels.gemv)(unit);
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t first = u * kUnitStrips, row = first * kStripRows;
+        unit.strips = static_cast<int>(h.parts - first < kUnitStrips ? h.parts - first : kUnitStrips);
+        unit.scales = w.scales + row * groups;
+        for (int s = 0; s < unit.strips; ++s) {
+          const uint64_t offset = w.offsets[first + s];
+          unit.strip[s] = offset == w.offsets[first + s + 1] ? nullptr : w.stream + offset;
         }
-        unstructured::store_results(w, args, x_scales, token, tokens, first, rows,
-                                    [&](int t, int64_t r) { return unit.out[t * kStripRows + r]; });
+        (batched ? kernels.gemm : kernels.gemv)(unit);
+        const int64_t rows = unit.strips * int64_t{kStripRows};
+        unstructured::store_results(
+            w, args, x_scales, token, tokens, row, n - row < rows ? n - row : rows, [&](int t, int64_t r) {
+              return unit.out[(r / kStripRows * tokens + t) * kStripRows + r % kStripRows];
+            });
       }
     });
   }

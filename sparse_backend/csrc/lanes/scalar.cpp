@@ -15,6 +15,7 @@ struct Scalar {
   static constexpr Values kValues = kKind;
   static constexpr int kSteps = 1, kPer = 16, kParts = 1, kSums = 4, kGemvTokens = 2, kGemmTile = 4;
   static constexpr int kOffset = 0;
+  static constexpr int streams(int) { return 1; }
   using Element = float;
   using Operand = Lanes<float>;
   using Accumulator = Lanes<float>;
@@ -68,6 +69,7 @@ struct ScalarInteger {
   static constexpr Values kValues = kKind;
   static constexpr int kSteps = 1, kPer = 8, kParts = 1, kSums = 4, kGemvTokens = 2, kGemmTile = 4;
   static constexpr int kOffset = 0;
+  static constexpr int streams(int) { return 1; }
   using Element = int16_t;
   struct Operand {
     int16_t pair[kStripRows][2];

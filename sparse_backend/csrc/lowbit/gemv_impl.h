@@ -233,6 +233,36 @@ void panel_single(const UnitArgs& a, int panel) {
   }
 }
 
+// Both panels of a unit of int8 weights side by side: memory delivers two streams faster than one.
+template <class Simd, int kRows>
+void panels8(const UnitArgs& a, int first) {
+  const int8_t* x = a.x + first * a.x_stride;
+  const uint8_t* w[kUnitPanels];
+  Totals<Simd, kRows> total[kUnitPanels];
+#pragma GCC unroll 2
+  for (int p = 0; p < kUnitPanels; ++p) {
+    w[p] = a.panel[p];
+    total[p].clear();
+  }
+  for (int64_t i = 0; i < a.plan->lines8; ++i, x += 4) {
+#pragma GCC unroll 2
+    for (int p = 0; p < kUnitPanels; ++p) {
+      lines8<Simd, kRows>(w[p], x, a.x_stride, 1, total[p]);
+      w[p] += kLine;
+    }
+  }
+#pragma GCC unroll 2
+  for (int p = 0; p < kUnitPanels; ++p) {
+    total[p].store(a.out + first * kUnitRows + p * kPanelRows, kUnitRows);
+  }
+}
+
+template <class Simd, int kRows = 1>
+void panels8_some(const UnitArgs& a, int first, int rows) {
+  if (rows == kRows) return panels8<Simd, kRows>(a, first);
+  if constexpr (2 * kRows < Simd::kGemvRows) panels8_some<Simd, kRows + 1>(a, first, rows);
+}
+
 template <class Simd, int kRows = 1>
 void panel_some(const UnitArgs& a, int panel, int first, int rows) {
   if (rows == kRows) return panel_rows<Simd, kRows>(a, panel, first);
@@ -248,6 +278,9 @@ void gemv(const UnitArgs& a) {
     }
     for (; panel < a.panels; ++panel) panel_single<Simd, 1>(a, panel);
     return;
+  }
+  if (a.plan->storage == Storage::kInt8 && a.panels == kUnitPanels && 2 * a.rows <= Simd::kGemvRows) {
+    return panels8_some<Simd>(a, 0, a.rows);
   }
   for (int panel = 0; panel < a.panels; ++panel) {
     // The second and later passes over a panel find it in the L1 or L2 cache.
