@@ -2,7 +2,8 @@
 
 Environment variables choose how this process runs, never what a model computes: engines do
 not hash them, so anything that changes a result is an option (see options.py). (A profile chooses
-between formats that hold the same numbers; what became of every projection is hashed.)
+between formats that hold the same numbers, or under values int8 and int4 between rounding and
+dense; what became of every projection is hashed.)
 """
 
 from __future__ import annotations

@@ -15,6 +15,10 @@ class WeightError(SparseBackendError):
     """A weight cannot be packed: NaN or Inf in it, a wrong dtype or shape."""
 
 
+class UnfitError(WeightError):
+    """A format cannot hold this weight, though a look at some of its rows said so; another one can."""
+
+
 class CheckpointError(SparseBackendError):
     """A checkpoint cannot be read or written."""
 

@@ -205,12 +205,12 @@ class Options:
             overrides = {"sparsity": None, "pattern": "unstructured", **overrides}
         if overrides.get("pattern") in NM_PATTERNS:
             overrides = {"sparsity": None, "allocation": "uniform", **overrides}  # of the modules around it
+        if overrides.get("format") in ("ternary", "int8", "int4", "bf16x12"):
+            overrides = {"values": None, **overrides}  # of the sparse modules around it
         if overrides.get("format", "ternary") != "ternary":
             overrides = {"bits": None, **overrides}  # of the ternary modules around it
             if overrides["format"] != "int4" and (overrides.get("values", self.values)) not in ("int8", "int4"):
                 overrides = {"group_size": None, **overrides}
-        if overrides.get("format") in ("ternary", "int8", "int4", "bf16x12"):
-            overrides = {"values": None, **overrides}  # of the sparse modules around it
         return dataclasses.replace(self, **{**overrides, "rules": (), "ignore": ()})
 
     @classmethod

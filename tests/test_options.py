@@ -109,3 +109,20 @@ def test_patterns_say_their_sparsity_and_rules_change_it():
     half = Options(pattern="2:4", rules=({"match": "*.o_proj", "format": "dense"},))
     assert half.for_module("a.o_proj").target_sparsity == 0.0
     assert half.for_module("a.q_proj").target_sparsity == 0.5
+
+
+def test_rules_reset_what_their_format_has_not():
+    for name in ("bf16x12", "int8", "ternary", "int4"):
+        rules = ({"match": "*o_proj", "format": name},)
+        module = Options(values="int4", group_size=64, rules=rules).for_module("layers.0.o_proj")
+        assert (module.format, module.values) == (name, None)
+        assert module.group_size == (64 if name in ("int4", "ternary") else None)
+
+
+def test_merged_parts_must_agree_in_their_groups():
+    from sparse_backend.engines.common import Names, options_for
+
+    names = Names(merged={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
+    options = Options(values="int4", rules=({"match": "*.k_proj", "group_size": 32},))
+    with pytest.raises(OptionError, match="treat differently"):
+        options_for(options, names, "layers.0.qkv_proj")

@@ -98,10 +98,10 @@ def plan(
     if json_file is not None:
         data = [
             {
-                "module": p.module, "shape": list(p.shape), "choice": p.chosen.name, "reason": p.decision.reason,
+                "module": p.module, "shape": list(p.shape), "choice": p.chosen.name, "reason": p.reason,
                 "predictions": [
                     {"format": q.format, "values": q.values, "seconds": q.seconds, "bytes": q.nbytes}
-                    for q in p.decision.predictions
+                    for q in p.predictions
                 ],
             }
             for p in planned

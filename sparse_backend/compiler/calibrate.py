@@ -120,21 +120,18 @@ def fingerprint() -> str:
 
 def cache_file() -> Path:
     """Where this machine's profile is kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # without a home, in this folder
     return Path(base) / "sparse_backend" / f"profile-{fingerprint()}.json"
 
 
 @contextlib.contextmanager
 def _lock(path: Path) -> Iterator[None]:
     """One process measures, the others (tensor-parallel ranks) wait for it; without a folder, each by itself."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.with_suffix(".lock").open("w")
-    except OSError:
-        yield
-        return
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # read-only, or a file system without locks
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(path.with_suffix(".lock").open("w"))
+            fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
@@ -214,7 +211,7 @@ class _Measured:
         self.calls: list[list[list[Callable[[], Any]]]] = []
         self.budget = _SMALL_SECONDS
         if format == "dense":
-            weights = [torch.randn(_LARGE).to(self.dtype) for _ in range(3)]
+            weights = [_weight(_LARGE, 1.0, "").to(self.dtype).clone() for _ in range(3)]
             self.densities: tuple[float, ...] = (0.0,)
             self.calls = [[_dense(weights, _x(_LARGE[1], m, self.dtype)) for m in BATCHES]]
             self.budget = _LARGE_SECONDS / 2
@@ -287,7 +284,8 @@ def _weight(shape: tuple[int, int], density: float, pattern: str) -> torch.Tenso
 
 
 def _x(k: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    return torch.randn(tokens, k).to(dtype)
+    # Not from torch's own generator: an engine's sampling must not depend on whether a profile was there.
+    return torch.empty(tokens, k).normal_(generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
 def _copy(machine: MachineWeight) -> MachineWeight:

@@ -104,7 +104,6 @@ def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[Pa
     """
     try:
         weight = convert_values(weight, options.values)
-        decision = plan.choose(weight, options)
-        return None if decision.pack is None else decision.pack(), decision.reason
+        return plan.pack(weight, options)
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None

@@ -164,7 +164,12 @@ class Profile:
             }
             profile = cls(**{**data, "batches": tuple(data["batches"]), "kernels": kernels})
             counts = {len(points) for k in kernels.values() for points in (k.position, k.stored)}
-            if counts != {len(profile.batches)} or "dense/bf16" not in kernels or not profile.bandwidth > 0:
+            if (
+                len(profile.batches) < 2
+                or counts != {len(profile.batches)}
+                or "dense/bf16" not in kernels
+                or not profile.bandwidth > 0
+            ):
                 raise ValueError("it lacks measurements")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise OptionError(

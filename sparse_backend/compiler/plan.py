@@ -7,10 +7,11 @@ a step of `batch` tokens takes with each, and with the engine's own dense produc
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 
+from ..errors import UnfitError, WeightError
 from ..formats import FORMATS, get_format
 from ..options import Options
 from ..packed import PackedWeight
@@ -104,7 +105,32 @@ def predictions(
     return sorted(found, key=lambda p: p.seconds)
 
 
-def choose(weight: torch.Tensor, options: Options, profile: Profile | None = None, explain: bool = False) -> Decision:
+def pack(weight: torch.Tensor, options: Options) -> tuple[PackedWeight | None, str]:
+    """Pack one weight as `choose` says: (packed or None for dense, reason).
+
+    A format that looked as if it could hold the weight and cannot is left out, and the next one taken.
+
+    Raises:
+        WeightError: NaN or Inf, or a format that was asked for cannot hold it.
+    """
+    unfit: set[str] = set()
+    while True:
+        decision = choose(weight, options, without=unfit)
+        try:
+            return None if decision.pack is None else decision.pack(), decision.reason
+        except UnfitError:
+            if options.format != "auto":
+                raise
+            unfit.add(decision.format)
+
+
+def choose(
+    weight: torch.Tensor,
+    options: Options,
+    profile: Profile | None = None,
+    explain: bool = False,
+    without: Collection[str] = (),
+) -> Decision:
     """The format for one weight.
 
     Args:
@@ -112,6 +138,10 @@ def choose(weight: torch.Tensor, options: Options, profile: Profile | None = Non
         options: of this module; `format` other than auto is obeyed.
         profile: of the machine to plan for; None for this one.
         explain: predict also where a named format leaves no choice.
+        without: formats that `auto` leaves out.
+
+    Raises:
+        WeightError: `explain`, and the format that was asked for cannot hold the weight.
     """
     if options.format != "auto":
         return _asked_for(weight, options, profile if explain else None)
@@ -119,7 +149,7 @@ def choose(weight: torch.Tensor, options: Options, profile: Profile | None = Non
         return Decision("dense", "the weight is empty")
     profile = profile or current_profile()
     nnz = _nnz(weight)
-    found = predictions(weight, nnz, options, profile)
+    found = predictions(weight, nnz, options, profile, tuple(name for name in FORMATS if name not in without))
     dense = next(p for p in found if p.format == "dense")
     if len(found) == 1:
         name = str(weight.dtype).removeprefix("torch.")
@@ -149,19 +179,20 @@ def choose(weight: torch.Tensor, options: Options, profile: Profile | None = Non
 def _asked_for(weight: torch.Tensor, options: Options, profile: Profile | None) -> Decision:
     reason = f"format {options.format} was asked for"
     found: tuple[Prediction, ...] = ()
+    best = None
     if profile is not None and weight.numel():
+        # int8 and int4 are what `values` of these names are to a dense weight.
+        rounds = options.format in ("int8", "int4")
+        asked = dataclasses.replace(options, format="auto", values=options.format) if rounds else options
         formats = () if options.format == "dense" else (options.format,)
-        # int8 and int4 round: their candidates are those of such values.
-        values = options.format if options.format in ("int8", "int4") else options.values
-        asked = dataclasses.replace(options, format="auto", values=values)
         found = tuple(predictions(weight, _nnz(weight), asked, profile, formats))
+        best = next((p for p in found if p.format == options.format), None)
+        if best is None and options.format != "dense":
+            raise WeightError(f"format {options.format} cannot hold this weight as it is")
     if options.format == "dense":
         return Decision("dense", reason, None, found)
-    best = next((p for p in found if p.format == options.format), None)
-    pack = best.pack if best is not None else None
-    return Decision(
-        options.format, reason, pack or (lambda: get_format(options.format).pack(weight, options)), found
-    )  # fmt: skip
+    packs = best.pack if best is not None else None
+    return Decision(options.format, reason, packs or (lambda: get_format(options.format).pack(weight, options)), found)
 
 
 def _at_prefill(profile: Profile, p: Prediction, weight: torch.Tensor, nnz: int, shape: tuple[int, int]) -> float:

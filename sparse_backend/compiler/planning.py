@@ -25,27 +25,39 @@ class Planned:
     Attributes:
         module: its HF name.
         shape: (N, K).
-        decision: with every prediction, fastest first.
+        reason: of the decision.
+        predictions: all of them, fastest first; they hold no weight any more.
+        choice: which of them the plan takes.
     """
 
     module: str
     shape: tuple[int, int]
-    decision: Decision
+    reason: str
+    predictions: tuple[Prediction, ...]
+    choice: int
+
+    @classmethod
+    def of(cls, module: str, shape: tuple[int, int], decision: Decision) -> Planned:
+        """From a decision, whose predictions can pack and so hold the weight."""
+        found = decision.predictions
+        chosen = decision.chosen or next(p for p in found if p.format == "dense")
+        light = tuple(dataclasses.replace(p, pack=None) for p in found)
+        return cls(module, shape, decision.reason, light, found.index(chosen))
 
     @property
     def dense(self) -> Prediction:
         """The engine's own product."""
-        return next(p for p in self.decision.predictions if p.format == "dense")
+        return next(p for p in self.predictions if p.format == "dense")
 
     @property
     def chosen(self) -> Prediction:
         """What the plan takes."""
-        return self.decision.chosen or self.dense
+        return self.predictions[self.choice]
 
     @property
     def runner_up(self) -> Prediction | None:
         """The fastest of the others; None where there is nothing else."""
-        return next((p for p in self.decision.predictions if p is not self.chosen), None)
+        return next((p for i, p in enumerate(self.predictions) if i != self.choice), None)
 
 
 def plan_weights(
@@ -74,6 +86,8 @@ def plan_weights(
     if reason is not None:
         say(f"{info.folder}: unknown architecture ({reason}): planned by tensor names and shapes")
     source = Source(info)
+    if source.bitnet is not None and options.activations is None:
+        options = dataclasses.replace(options, activations="int8")  # as compiling and engines do
     planned = []
     for name, tensor in source.weights():
         if progress is not None:
@@ -90,5 +104,5 @@ def plan_weights(
             decision = plan.choose(weight, module_options, profile, explain=True)
         except WeightError as error:
             raise WeightError(f"{module}: {error}; {convert.FIX}") from None
-        planned.append(Planned(module, (tensor.shape[0], tensor.shape[1]), decision))
+        planned.append(Planned.of(module, (tensor.shape[0], tensor.shape[1]), decision))
     return planned

@@ -90,11 +90,13 @@ Tensor bitmask_unpack(const Tensor& mask, const Tensor& values, int64_t in_featu
 // Machine form of an unstructured format. `bits` per value: 16, 12 (bf16 with coded exponents where
 // they allow it), 8 or 4; the last two with int8 values and `scales` [N, groups].
 template <uint64_t kMagic, int kRowsPerPart, sparse_backend::unstructured::WritePart kWritePart,
-          int kSmallestGroup, int kScaleTile = 0>
+          int kSmallestGroup, int kScaleTile = 0, int64_t kMostColumns = INT64_MAX>
 Tensor unstructured_lower(const Tensor& mask, const Tensor& values, const std::optional<Tensor>& scales,
                           int64_t in_features, int64_t bits, int64_t group_size, int64_t activation_bits) {
   using namespace sparse_backend::unstructured;
   std::vector<int64_t> start;
+  STD_TORCH_CHECK(in_features <= kMostColumns, "this format holds up to ", kMostColumns, " columns, not ",
+                  in_features);
   Canonical weight = canonical(mask, values, in_features, start);
   const bool integer = is_integer(weight.values);
   STD_TORCH_CHECK(integer ? bits == 8 || bits == 4 : bits == 16 || bits == 12, "values of ",
@@ -131,7 +133,8 @@ constexpr auto bitmask_lower =
                        sparse_backend::bitmask::write_panel, 64>;
 constexpr auto lanes_lower =
     unstructured_lower<sparse_backend::lanes::kMagic, sparse_backend::lanes::kStripRows,
-                       sparse_backend::lanes::write_strip, 32, sparse_backend::lanes::kStripRows>;
+                       sparse_backend::lanes::write_strip, 32, sparse_backend::lanes::kStripRows,
+                       sparse_backend::lanes::kMaxColumns>;
 constexpr auto sell_lower = unstructured_lower<sparse_backend::sell::kMagic, sparse_backend::sell::kStripRows,
                                                sparse_backend::sell::write_strip, 128>;
 

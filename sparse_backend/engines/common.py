@@ -112,7 +112,7 @@ def options_for(options: Options, names: Names, prefix: str) -> tuple[Options | 
         if reason is not None:
             return None, reason
     per_part = [options.for_module(part) for part in parts]
-    stored = {None if o is None else (o.format, o.values, o.bits, o.activations) for o in per_part}
+    stored = {None if o is None else _storage(o) for o in per_part}
     if len(stored) > 1:
         listed = ", ".join(f"{n}: {'ignored' if o is None else o.format}" for n, o in zip(parts, per_part, strict=True))
         raise OptionError(
@@ -120,6 +120,13 @@ def options_for(options: Options, names: Names, prefix: str) -> tuple[Options | 
             f"({listed}); give them the same format"
         )
     return per_part[0], convert.IGNORED
+
+
+def _storage(options: Options) -> tuple[Any, ...]:
+    """What parts of one merged layer must agree in."""
+    grouped = options.values in ("int8", "int4") or options.format == "int4"
+    groups = options.group_size if grouped else None  # ternary parts are rounded before they are merged
+    return options.format, options.values, options.bits, options.activations, options.batch, groups
 
 
 class ConfigAnswers:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import WeightError
+from ..errors import UnfitError, WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
@@ -41,17 +41,22 @@ class Bf16x12(Format):
         return [Candidate(nbytes, lambda: self.pack(weight, options), "bf16x12", n * k)]
 
     def pack(self, weight: torch.Tensor, options: Options) -> PackedWeight:
-        from ..kernels import cpu
-
         self.check_weight(weight)
         check_columns(self.name, weight.shape[1])
-        with cpu.as_weight_error():
-            low, high, exponents, escapes = cpu.ops().bf16x12_encode(weight)
+        packed = self._encode(weight)
+        escapes = packed.tensors["escapes"]
         if escapes.shape[0] > MOST_ESCAPES * max(weight.numel(), 1000):
-            raise WeightError(
+            raise UnfitError(
                 f"bf16x12: {escapes.shape[0]} of {weight.numel()} weights have rare exponents, more than 1 in "
                 f"{1 / MOST_ESCAPES:.0f}; leave it dense"
             )
+        return packed
+
+    def _encode(self, weight: torch.Tensor) -> PackedWeight:
+        from ..kernels import cpu
+
+        with cpu.as_weight_error():
+            low, high, exponents, escapes = cpu.ops().bf16x12_encode(weight)
         tensors = {"low": low, "high": high, "exponents": exponents, "escapes": escapes}
         return PackedWeight(self.name, (weight.shape[0], weight.shape[1]), weight.dtype, tensors)
 
@@ -70,7 +75,7 @@ class Bf16x12(Format):
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
         part = self.part(packed.shape[dim], index, count)
         dense = packed.unpack()
-        return self.pack((dense[part] if dim == 0 else dense[:, part]).contiguous(), Options())
+        return self._encode((dense[part] if dim == 0 else dense[:, part]).contiguous())
 
     def validate(self, packed: PackedWeight) -> None:
         super().validate(packed)
@@ -85,7 +90,7 @@ class Bf16x12(Format):
 
 
 def _few_exponents(weight: torch.Tensor) -> bool:
-    """Whether a sample of rows can be coded; a weight that then cannot is left to the format that can."""
+    """Whether a sample of rows can be coded; if the rest then cannot, packing says so and the plan chooses again."""
     if weight.numel() == 0:
         return False
     rows = weight[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]

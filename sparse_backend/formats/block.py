@@ -55,7 +55,8 @@ class Block(Format):
 
     def candidates(self, weight: torch.Tensor, nnz: int, options: Options) -> list[Candidate]:
         n, k = weight.shape
-        if nnz > 0.95 * weight.numel() or not _has_zero_blocks(weight):
+        asked = options.format == self.name
+        if not asked and (nnz > 0.95 * weight.numel() or not _has_zero_blocks(weight)):
             return []
         stored = int(_occupied(weight).sum()) * SIZE * SIZE
         mask = -(-n // SIZE) * -(-k // (8 * SIZE))

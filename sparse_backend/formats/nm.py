@@ -35,7 +35,7 @@ class Nm(Bitmask):
 
     def candidates(self, weight: torch.Tensor, nnz: int, options: Options) -> list[Candidate]:
         n, k = weight.shape
-        if not 0.25 * weight.numel() <= nnz <= 0.5 * weight.numel() + n:
+        if options.format != self.name and not 0.25 * weight.numel() <= nnz <= 0.5 * weight.numel() + n:
             return []  # another format holds so few, or so many, better
         pattern = find_pattern(weight)
         if pattern is None:
@@ -47,11 +47,11 @@ class Nm(Bitmask):
         from ..kernels import cpu
 
         self.check_weight(weight)
-        pattern = options.pattern if options.pattern in NM_PATTERNS else find_pattern(weight)
-        if pattern is None or not _fits(weight, pattern):
-            raise WeightError(
-                f"nm: groups of columns hold more nonzeros than {pattern or 'any of ' + ', '.join(NM_PATTERNS)} allows"
-            )
+        # What pruning was asked for, unless an engine merged it with another pattern or cut it between groups.
+        asked = options.pattern in NM_PATTERNS and _fits(weight, options.pattern)
+        pattern = options.pattern if asked else find_pattern(weight)
+        if pattern is None:
+            raise WeightError(f"nm: groups of columns hold more nonzeros than any of {', '.join(NM_PATTERNS)} allows")
         with cpu.as_weight_error():  # NaN and Inf
             cpu.ops().bitmask_pack(weight)
         kept = _kept(weight, pattern)

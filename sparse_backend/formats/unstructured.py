@@ -73,6 +73,8 @@ class Unstructured(Format):
         n, k = weight.shape
         scales = 0
         if options.values in LEVELS:
+            if options.group_size not in (None, *self.group_sizes):
+                return []  # another format has such groups
             group = self._group_size(options)
             scales = 4 * n * (-(-k // group) if group else 1)
         found = []

@@ -7,9 +7,11 @@ import json
 import pytest
 import torch
 from conftest import ROOT, blocks_of_zeros, sparse_weight
+from typer.testing import CliRunner
 
 import sparse_backend as sb
-from sparse_backend.compiler import calibrate, cost, plan
+from sparse_backend.cli import app
+from sparse_backend.compiler import calibrate, cost, plan, planning
 from sparse_backend.compiler.cost import KernelCost, Profile
 
 BATCHES = (1, 8, 64)
@@ -101,6 +103,14 @@ def test_rounded_values_are_only_taken_when_asked_for():
     assert plan.choose(weight, sb.Options(values="int8")).chosen.values == "int8"
 
 
+def test_a_format_without_such_groups_is_no_candidate():
+    weight = sparse_weight(64, 512, 0.5)
+    for group_size, formats in ((64, {"bitmask", "int4"}), (32, {"int4"}), (128, {"bitmask", "sell", "int4"})):
+        decision = plan.choose(weight, sb.Options(values="int4", group_size=group_size))
+        assert {p.format for p in decision.predictions} == {"dense", *formats}
+        assert decision.pack().attributes["group_size"] == group_size
+
+
 def test_blocks_and_ternary_weights_are_found():
     assert plan.choose(blocks_of_zeros(256, 1024, 0.7), sb.Options()).format == "block"
     ternary = torch.randint(-1, 2, (256, 1024)).bfloat16() * 0.02
@@ -131,19 +141,78 @@ def test_a_file_that_is_no_profile_is_named(tmp_path, change):
         Profile.load(path)
 
 
+def test_a_weight_whose_rows_differ_goes_to_the_next_format():
+    weight = torch.randn(1024, 512)
+    weight *= torch.where(torch.arange(1024) % 16 == 0, 1.0, 2.0 ** torch.linspace(-60, 60, 1024))[:, None]
+    weight = weight.bfloat16()  # every 16th row, which are those that are looked at, has few exponents
+    assert plan.choose(weight, sb.Options()).format == "bf16x12"
+    packed, _ = plan.pack(weight, sb.Options())
+    assert packed is None or torch.equal(packed.unpack(), weight)
+    assert packed is None or packed.format != "bf16x12"
+    with pytest.raises(sb.WeightError, match="rare exponents"):
+        plan.pack(weight, sb.Options(format="bf16x12"))
+
+
+def test_a_plan_for_a_named_format_says_what_it_would_do():
+    weight = sparse_weight(64, 512, 0.5)
+    for name in ("block", "int4", "int8", "bf16x12", "bitmask", "sell", "dense"):
+        decision = plan.choose(weight, sb.Options(format=name), Profile.load(ROOT / "tests" / "profile.json"), True)
+        assert decision.format == name
+        assert name in {p.format for p in decision.predictions}
+    with pytest.raises(sb.WeightError, match="format nm cannot hold"):
+        plan.choose(weight, sb.Options(format="nm"), Profile.load(ROOT / "tests" / "profile.json"), True)
+
+
+def test_the_command_shows_choice_prediction_and_runner_up(python_lm, python_lm_50, tmp_path):
+    out = tmp_path / "plan.json"
+    result = CliRunner().invoke(app, ["plan", str(python_lm_50), "--batch", "8", "--json", str(out)])
+    assert result.exit_code == 0, result.output
+    assert "42 projections, 8 token(s) a step" in result.output
+    assert "a made-up machine" in result.output
+    data = json.loads(out.read_text())
+    assert data["batch"] == 8
+    for p in data["projections"]:
+        seconds = [q["seconds"] for q in p["predictions"]]
+        assert seconds == sorted(seconds)
+        assert {"dense", "bitmask"} <= {q["format"] for q in p["predictions"]}
+    result = CliRunner().invoke(app, ["plan", str(python_lm), "--format", "int4"])
+    assert result.exit_code == 0, result.output
+    assert result.output.count("int4") >= 42
+    for arguments, message in (
+        (["plan", str(python_lm), "--format", "nm"], "cannot hold this weight"),
+        (["plan", str(tmp_path / "none")], "no such folder"),
+        (["plan", str(python_lm), "--profile", str(out)], "is no machine profile"),
+        (["plan", str(python_lm), "--json", str(tmp_path)], "is a folder"),
+        (["calibrate", "--out", str(tmp_path)], "is a folder"),
+    ):
+        result = CliRunner().invoke(app, arguments)
+        assert (result.exit_code, message in result.output) == (2, True), result.output
+
+
+def test_planning_holds_no_weights(python_lm):
+    planned = planning.plan_weights(python_lm, sb.Options(), Profile.load(ROOT / "tests" / "profile.json"))
+    assert len(planned) == 42
+    assert all(q.pack is None for p in planned for q in p.predictions)
+    assert all(p.chosen.format == "bf16x12" and p.runner_up is not None for p in planned)
+
+
 def test_this_machine_is_measured_once_and_the_file_is_used(tmp_path, monkeypatch):
     monkeypatch.delenv("SPARSE_BACKEND_PROFILE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(calibrate, "_profiles", {})
-    seen = []
-    first = calibrate.current_profile(lambda done, total, name: seen.append(name))
+    state = torch.random.get_rng_state()
+    result = CliRunner().invoke(app, ["calibrate", "--out", str(tmp_path / "shipped.json")])
+    assert result.exit_code == 0, result.output
+    assert torch.equal(torch.random.get_rng_state(), state)  # an engine samples the same whether it measured or not
+    first = Profile.load(tmp_path / "shipped.json")
     assert set(first.kernels) == {f"{f}/{v}" for f, v in cost.KERNELS}
-    assert len(seen) == len(cost.KERNELS) + 1
     for name, kernel in first.kernels.items():
         assert all(p >= 0 for p in (*kernel.position, *kernel.stored, kernel.overlap)), name
         assert any((*kernel.position, *kernel.stored)), name
-    assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) is not None
     if first.threads == torch.get_num_threads():  # not so on a machine too busy to measure
+        for _ in range(2):  # from this process's memory, then from the file
+            assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) == first
+            calibrate._profiles.clear()
         assert Profile.load(calibrate.cache_file()) == first
-        calibrate._profiles.clear()
-        assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) == first
+    monkeypatch.setenv("SPARSE_BACKEND_PROFILE", str(ROOT / "tests" / "profile.json"))
+    assert calibrate.current_profile().fingerprint == "tests"

@@ -66,6 +66,14 @@ def test_the_finest_pattern_is_found_and_the_plan_takes_it():
         sb.pack(sparse_weight(64, 512, 0.3), format="nm")
 
 
+def test_a_weight_merged_from_other_patterns_is_packed_by_what_it_is():
+    """Engines merge projections: the layer has the options of its first part."""
+    merged = torch.cat([pruned(16, 64, "2:4"), pruned(16, 64, "4:8", seed=1)])
+    packed = get_format("nm").pack(merged, sb.Options(pattern="2:4"))
+    assert packed.attributes["pattern"] == "4:8"
+    assert torch.equal(packed.unpack(), merged)
+
+
 def test_damage_is_refused():
     packed = sb.pack(pruned(16, 64, "2:4"), format="nm")
     good = packed.tensors

@@ -212,10 +212,13 @@ void gemv_strips(const UnitArgs& args, int strip) {
 
 // Whether strips [first, first + count) store the same blocks, as those of a dense weight do.
 inline bool same_blocks(const UnitArgs& args, int first, int count) {
-  uint16_t last;
+  uint16_t last, other;
   std::memcpy(&last, args.strip[first], sizeof(last));
   for (int s = 1; s < count; ++s) {
     if (args.strip[first + s] == nullptr) return false;
+    // The count before the list: a shorter one may end where the buffer ends.
+    std::memcpy(&other, args.strip[first + s], sizeof(other));
+    if (other != last) return false;
     if (std::memcmp(args.strip[first], args.strip[first + s], 2 * (int64_t{last} + 2)) != 0) return false;
   }
   return true;
