@@ -12,6 +12,8 @@ import dataclasses
 import fcntl
 import functools
 import hashlib
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -19,6 +21,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +115,10 @@ def _library_digest(path: Path) -> int:
 
 
 def fingerprint() -> str:
-    """What a profile depends on: processor, kernel level and build, torch, threads."""
+    """What a profile depends on: processor, kernel level and build, torch, threads, whether vLLM is there."""
     library = _library_digest(Path(cpu.__file__).parents[1] / "_C.so")
-    parts = (cpu_model(), sorted(cpu.features().items()), cpu.active_isa(), torch.get_num_threads(), library)
+    vllm = importlib.util.find_spec("vllm") is not None
+    parts = (cpu_model(), sorted(cpu.features().items()), cpu.active_isa(), torch.get_num_threads(), library, vllm)
     return hashlib.sha256(repr((parts, torch.__version__)).encode()).hexdigest()[:16]
 
 
@@ -176,8 +180,9 @@ def _calibrate(progress: Progress | None) -> Profile:
             progress(i, len(KERNELS), f"{format} {values}")
         measured[f"{format}/{values}"] = _Measured(format, values, overhead)
     # A second round, seconds later: on a shared machine a slow moment is never the same kernel's twice.
-    for m in measured.values():
-        m.measure()
+    for name, m in measured.items():
+        if name not in ("dense/fp16", "dense/fp32"):  # slow, and rare
+            m.measure()
     # What a kernel really read faster than the probe is the better probe.
     bandwidth = max([bandwidth, *(m.bytes / m.seconds for m in measured.values())])
     kernels = {name: m.fit(bandwidth) for name, m in measured.items()}
@@ -209,11 +214,14 @@ class _Measured:
         self.dtype = _DTYPES.get(values, torch.bfloat16)
         # Per density, per number of tokens: what to call, and the seconds it took.
         self.calls: list[list[list[Callable[[], Any]]]] = []
+        self.densities: tuple[float, ...]
         self.budget = _SMALL_SECONDS
         if format == "dense":
             weights = [_weight(_LARGE, 1.0, "").to(self.dtype).clone() for _ in range(3)]
-            self.densities: tuple[float, ...] = (0.0,)
-            self.calls = [[_dense(weights, _x(_LARGE[1], m, self.dtype)) for m in BATCHES]]
+            xs = [_x(_LARGE[1], m, self.dtype) for m in BATCHES]
+            # What an engine multiplies by: both are sampled, and the faster one counts.
+            self.calls = [[[partial(p, x) for p in products] for x in xs] for products in _dense_products(weights)]
+            self.densities = (0.0,) * len(self.calls)
             self.budget = _LARGE_SECONDS / 2
         else:
             # sell is for few stored weights, where padding is what differs.
@@ -226,7 +234,7 @@ class _Measured:
         self.times = [[float("inf")] * len(BATCHES) for _ in self.densities]
         self.measure()
         if format == "dense":
-            self.bytes, self.seconds = weights[0].nbytes, self.times[0][0]
+            self.bytes, self.seconds = weights[0].nbytes, min(times[0] for times in self.times)
             return
         self.streamed = self.densities[-1] if format == "sell" else self.densities[0]
         machine = self._machine(_LARGE, self.streamed)
@@ -255,7 +263,8 @@ class _Measured:
         """The coefficients; see cost.py."""
         if self.format == "dense":
             positions = _LARGE[0] * _LARGE[1]
-            return KernelCost(tuple(t / positions for t in self.times[0]), (0.0,) * len(BATCHES), 0.0, 0.0)
+            fastest = [min(times) / positions for times in zip(*self.times, strict=True)]
+            return KernelCost(tuple(fastest), (0.0,) * len(BATCHES), 0.0, 0.0)
         positions = _SMALL[0] * _SMALL[1]
         per_position, per_stored = [], []
         for i in range(len(BATCHES)):
@@ -304,11 +313,40 @@ def _huge_pages(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _product(machine: MachineWeight, x: torch.Tensor) -> Callable[[], Any]:
-    return functools.partial(registry.kernel(machine.format).run, x, machine, None)
+    return partial(registry.kernel(machine.format).run, x, machine, None)
 
 
-def _dense(weights: list[torch.Tensor], x: torch.Tensor) -> list[Callable[[], Any]]:
-    return [functools.partial(torch.nn.functional.linear, x, w) for w in weights]
+def _dense_products(weights: list[torch.Tensor]) -> list[list[Callable[[torch.Tensor], Any]]]:
+    """The dense products an engine may run, per product one for each weight: torch's, and where vLLM is, its own."""
+    found: list[list[Callable[[torch.Tensor], Any]]] = [[partial(_linear, w) for w in weights]]
+    ops = _vllm_ops()
+    if ops is not None:
+        try:
+            handles = [ops.create_onednn_mm(w.t(), 32) for w in weights]
+            found.append([partial(_onednn, ops, handle) for handle in handles])
+            found[-1][0](_x(weights[0].shape[1], 1, weights[0].dtype))
+        except RuntimeError:  # it has none for this processor or dtype
+            del found[1:]
+    return found
+
+
+def _linear(weight: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.linear(x, weight)
+
+
+def _onednn(ops: Any, handle: Any, x: torch.Tensor) -> Any:
+    return ops.onednn_mm(handle, x, None)
+
+
+@functools.cache
+def _vllm_ops() -> Any:
+    """vLLM's ops where its CPU build is installed; plans have to beat what it would run."""
+    if importlib.util.find_spec("vllm") is None:
+        return None
+    try:
+        return importlib.import_module("vllm._custom_ops")
+    except ImportError:  # a build for another device
+        return None
 
 
 def _sample(calls: list[Callable[[], Any]], budget: float) -> float:
