@@ -80,7 +80,7 @@ def measure(args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     }
     why = ggml_peer.available()
     if why is not None:
-        console.print(f"llama.cpp is not measured: {why}", highlight=False)
+        console.print(f"llama.cpp is not measured: {why}", highlight=False, markup=False)
     else:
         for kind in PEERS["ternary" if args.ternary else "lowbit"]:
             ggml_peer.write_gguf(model, folder / f"{kind}.gguf", kind)
