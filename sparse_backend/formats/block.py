@@ -17,7 +17,7 @@ from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
-from .lanes import ACTIVATION_BITS, check_columns, join_rows, lower_lanes, split_rows
+from .lanes import ACTIVATION_BITS, check_columns, join_bits, join_rows, lower_lanes, split_rows
 from .unstructured import BITS, DEFAULT_GROUP, LEVELS, check_scales, quantise_groups, value_kinds
 
 SIZE = 16
@@ -82,13 +82,13 @@ class Block(Format):
                 "values": options.values, "group_size": group_size, "activations": options.activations or "keep"
             }  # fmt: skip
             stored = values if options.values == "int8" else join_rows(values)
-            tensors = {"blocks": _join_bits(occupied), "values": stored, "scales": scales}
+            tensors = {"blocks": join_bits(occupied), "values": stored, "scales": scales}
             return PackedWeight(self.name, shape, weight.dtype, tensors, attributes)
         if not torch.isfinite(weight).all():
             raise WeightError("weight has NaN or infinite values")
         occupied = _occupied(weight)
         attributes = {"values": options.values} if options.values in ("bf16", "bf16x12") else {}
-        tensors = {"blocks": _join_bits(occupied), "values": _take(weight, occupied)}
+        tensors = {"blocks": join_bits(occupied), "values": _take(weight, occupied)}
         return PackedWeight(self.name, shape, weight.dtype, tensors, attributes)
 
     def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
@@ -155,7 +155,7 @@ class Block(Format):
                 scales = scales[:, part.start // group_size : -(-part.stop // group_size)]
         values = _take(codes.contiguous(), occupied)
         stored = values if packed.attributes["values"] == "int8" else join_rows(values)
-        tensors = {"blocks": _join_bits(occupied), "values": stored, "scales": scales.clone()}
+        tensors = {"blocks": join_bits(occupied), "values": stored, "scales": scales.clone()}
         return PackedWeight(
             self.name, (codes.shape[0], codes.shape[1]), packed.dtype, tensors, dict(packed.attributes)
         )  # fmt: skip
@@ -214,13 +214,6 @@ def _has_zero_blocks(weight: torch.Tensor) -> bool:
         if not _occupied(weight[strip * SIZE : (strip + 1) * SIZE]).all():
             return True
     return False
-
-
-def _join_bits(occupied: torch.Tensor) -> torch.Tensor:
-    rows, columns = occupied.shape
-    padded = torch.nn.functional.pad(occupied.to(torch.uint8), (0, -columns % 8))
-    bits = padded.view(rows, -(-columns // 8), 8) << torch.arange(8, dtype=torch.uint8)
-    return bits.sum(dim=2, dtype=torch.uint8)
 
 
 def _split_bits(blocks: torch.Tensor, columns: int) -> torch.Tensor:

@@ -57,3 +57,11 @@ def split_rows(stored: torch.Tensor, k: int) -> torch.Tensor:
     """What `join_rows` joined, int8 [..., k]."""
     halves = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)[..., :k].view(torch.int8)
     return torch.where(halves > 7, halves - 16, halves)
+
+
+def join_bits(occupied: torch.Tensor) -> torch.Tensor:
+    """bool [rows, columns] as [rows, ceil(columns / 8)] uint8, bit j of byte b for column 8 b + j."""
+    rows, columns = occupied.shape
+    padded = torch.nn.functional.pad(occupied.to(torch.uint8), (0, -columns % 8))
+    bits = padded.view(rows, -(-columns // 8), 8) << torch.arange(8, dtype=torch.uint8)
+    return bits.sum(dim=2, dtype=torch.uint8)

@@ -18,6 +18,7 @@ from ..options import NM_PATTERNS, Options
 from ..packed import PackedWeight
 from .base import Candidate
 from .bitmask import Bitmask
+from .lanes import join_bits
 from .unstructured import LEVELS, quantise_groups, value_kinds
 
 # Rows that are looked at before a whole weight is checked.
@@ -55,7 +56,7 @@ class Nm(Bitmask):
         with cpu.as_weight_error():  # NaN and Inf
             cpu.ops().bitmask_pack(weight)
         kept = _kept(weight, pattern)
-        mask = _join_mask(kept)
+        mask = join_bits(kept)
         shape = (weight.shape[0], weight.shape[1])
         if options.values in LEVELS:
             group_size = self._group_size(options)
@@ -137,12 +138,6 @@ def _kept(weight: torch.Tensor, pattern: str) -> torch.Tensor:
         kept = nonzero | (~nonzero & (zeros_before <= missing))
         out[start : start + step] = kept.flatten(1)[:, :k]
     return out
-
-
-def _join_mask(kept: torch.Tensor) -> torch.Tensor:
-    n, k = kept.shape
-    bits = torch.nn.functional.pad(kept, (0, -k % 8)).to(torch.uint8).view(n, -(-k // 8), 8)
-    return (bits << torch.arange(8, dtype=torch.uint8)).sum(2, dtype=torch.uint8)
 
 
 def _bits_per_row(mask: torch.Tensor) -> torch.Tensor:

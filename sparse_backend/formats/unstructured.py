@@ -23,12 +23,12 @@ from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
+from .lanes import ACTIVATION_BITS
 
 # Largest code of integer values.
 LEVELS = {"int8": 127, "int4": 7}
 # Of stored values in the canonical form: bf16x12 is coded as it is lowered.
 BITS = {"bf16": 16, "fp16": 16, "bf16x12": 16, "int8": 8, "int4": 4}
-_ACTIVATION_BITS = {"keep": 16, "int8": 8}
 DEFAULT_GROUP = {"int8": 0, "int4": 128}
 
 
@@ -165,7 +165,7 @@ class Unstructured(Format):
             if values in LEVELS:
                 buffer = self._lower(
                     mask, self.codes(packed), packed.tensors["scales"], k, BITS[values],
-                    packed.attributes["group_size"], _ACTIVATION_BITS[packed.attributes["activations"]],
+                    packed.attributes["group_size"], ACTIVATION_BITS[packed.attributes["activations"]],
                 )  # fmt: skip
             else:
                 coded = values == "bf16x12" or (values is None and self.coded)
@@ -226,7 +226,7 @@ class Unstructured(Format):
                 raise WeightError(f"{self.name}: attributes {attributes} are not those of this format")
             return
         group_size = attributes.get("group_size")
-        if group_size not in (0, *self.group_sizes) or attributes.get("activations") not in _ACTIVATION_BITS:
+        if group_size not in (0, *self.group_sizes) or attributes.get("activations") not in ACTIVATION_BITS:
             raise WeightError(f"{self.name}: attributes {attributes} are not those of this format")
         expected = (n, -(-k // group_size) if group_size else 1)
         scales = packed.tensors["scales"]
