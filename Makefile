@@ -6,13 +6,14 @@ VLLM   := $(VENVS)/vllm/bin
 SGLANG := $(VENVS)/sglang/bin
 PRUNE  := $(VENVS)/prune/bin
 
-.PHONY: help env-vllm env-sglang env-prune env-browser demo test test-quick test-asan bench lint format clean
+.PHONY: help env-vllm env-sglang env-prune env-browser demo test test-quick test-asan test-gpu-offline bench lint format clean
 
 help:
 	@echo "make demo        serve a pruned model dense and compiled; ends in a table (8 minutes)"
 	@echo "make test        all tests, with the real vLLM and SGLang (25 to 35 minutes)"
 	@echo "make test-quick  the tests that start no engine (4 minutes)"
 	@echo "make test-asan   the C++ under AddressSanitizer and UBSan"
+	@echo "make test-gpu-offline  every GPU kernel compiled and its machine code checked, with no GPU (5 minutes)"
 	@echo "make bench       kernels, engines, quality against peers, into benchmarks/results"
 	@echo "make lint        ruff, mypy, clang-format"
 	@echo "make env-vllm    only create $(VENVS)/vllm; VENVS=DIR keeps it elsewhere"
@@ -46,6 +47,9 @@ test-quick: env-vllm env-browser
 
 test-asan: env-vllm
 	@$(VLLM)/python tools/run_asan.py
+
+test-gpu-offline: env-vllm
+	@$(VLLM)/python tools/gpu_offline.py
 
 # llama.cpp is a peer: compiled once for this machine, which takes minutes.
 bench: env-vllm env-sglang env-prune

@@ -135,7 +135,7 @@ def main() -> int:
     parser.add_argument("--no-serving", action="store_true", help="with --engine sglang: no bench_serving")
     parser.add_argument("--ternary", action="store_true", help="ternary weights instead of sparse ones")
     parser.add_argument(
-        "--lowbit", action="store_true", help="dense weights as bf16x12, int8 and int4 (llama.cpp: Q4_0)"
+        "--lowbit", action="store_true", help="dense weights as bf16x12, int8 and int4 (llama.cpp: Q4_0, Q8_0, BF16)"
     )
     parser.add_argument(
         "--threads",

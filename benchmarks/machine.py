@@ -30,7 +30,7 @@ def describe() -> dict[str, Any]:
     return {
         "cpu": cpu_model(),
         "isa": cpu.active_isa(),
-        "kernels": {row.format: row.implementation(torch.bfloat16) for row in registry.KERNELS},
+        "kernels": {row.format: row.implementation(torch.bfloat16) for row in registry.rows("cpu")},
         "last_level_cache_mb": last_level_cache() / 2**20,
         "python": platform.python_version(),
         "torch": torch.__version__,

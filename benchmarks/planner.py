@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+from functools import partial
 from typing import Any
 
 import machine
@@ -25,12 +26,14 @@ from sparse_backend.compiler import calibrate, plan
 MOST_OFF, MOST_LOST = 0.25, 0.10
 
 
-def dense(weight: torch.Tensor) -> Contender:
-    def call() -> Call:
-        w = weight.clone()  # in ordinary pages, as engines hold weights
-        return lambda x: torch.nn.functional.linear(x, w)
+def dense(weight: torch.Tensor) -> list[Contender]:
+    """What an engine may multiply by: the plan predicts the faster."""
 
-    return Contender("dense", copies(weight.nbytes, call), weight.nbytes)
+    def call(which: int) -> Call:
+        return calibrate.dense_products([weight.clone()])[which][0]  # in ordinary pages, as engines hold weights
+
+    kinds = len(calibrate.dense_products([weight]))
+    return [Contender(f"dense {i}", copies(weight.nbytes, partial(call, i)), weight.nbytes) for i in range(kinds)]
 
 
 def weight_of(kind: str, zeros: float, n: int, k: int) -> torch.Tensor:
@@ -49,17 +52,22 @@ def one(shape: str, kind: str, zeros: float, values: str | None, args: Any, prof
     nnz = int(torch.count_nonzero(weight))
     group: dict[str, Contender] = {}
     for p in plan.predictions(weight, nnz, Options(values=values), profile):
-        group[p.name] = dense(weight) if p.pack is None else machine_contender(p.name, p.pack().lower())
+        if p.pack is None:
+            group |= {c.name: c for c in dense(weight)}
+        else:
+            group[p.name] = machine_contender(p.name, p.pack().lower())
     rows = []
     for batch in args.batch:
         decision = plan.choose(weight, Options(values=values, batch=batch), profile)
         chosen = decision.chosen.name if decision.chosen else "dense"
         x = torch.randn(batch, weight.shape[1]).bfloat16()
         exact = x.float() @ weight.float().t()
+        group.pop("dense", None)
         for c in group.values():
             if values is None:
                 c.check(x, exact)
         measure(list(group.values()), x, args.seconds)
+        group["dense"] = min((c for name, c in group.items() if name.startswith("dense ")), key=lambda c: c.seconds)
         best = min(c.seconds for c in group.values() if not c.problem)
         # How much slower than when it was calibrated the machine is just now: of the whole group.
         drift = statistics.median(group[p.name].seconds / p.seconds for p in decision.predictions)

@@ -42,7 +42,7 @@ LOWBIT: dict[str, dict[str, Any]] = {
     "ours, int4": overrides(format="int4"),
 }
 # Types of llama.cpp's that are peers of each; the first is compared with in the table.
-PEERS = {"ternary": ggml_peer.TERNARY_TYPES, "lowbit": ("Q4_0", "Q8_0")}
+PEERS = {"ternary": ggml_peer.TERNARY_TYPES, "lowbit": ("Q4_0", "Q8_0", "BF16")}
 
 
 def ask_vllm(model: Path, extra: dict[str, Any], batch: int, threads: int, args: argparse.Namespace) -> dict[str, Any]:

@@ -84,8 +84,9 @@ def linear(x: torch.Tensor, weight: PackedWeight | MachineWeight, bias: torch.Te
     Returns:
         [..., N] in x's dtype. A row's result does not depend on the batch it is in.
     """
-    machine = weight.lower() if isinstance(weight, PackedWeight) else weight
-    return registry.kernel(machine.format).run(x, machine, bias)
+    device = str(x.device) if x.is_cuda else "cpu"
+    machine = weight.lower(device) if isinstance(weight, PackedWeight) else weight
+    return registry.kernel(machine.format, machine.device).run(x, machine, bias)
 
 
 class SparseLinear(torch.nn.Module):
@@ -94,11 +95,13 @@ class SparseLinear(torch.nn.Module):
     Attributes:
         in_features, out_features: K and N.
         format: name of the format the weight is stored in.
+        kernel_device: torch device type whose kernels run it.
     """
 
     def __init__(self, weight: MachineWeight, bias: torch.Tensor | None = None) -> None:
         super().__init__()
         self.format = weight.format
+        self.kernel_device = weight.device
         self.out_features, self.in_features = weight.shape
         self.dtype = weight.dtype
         self._names = tuple(weight.tensors)
@@ -128,12 +131,13 @@ class SparseLinear(torch.nn.Module):
     def machine_weight(self) -> MachineWeight:
         """The machine form this layer runs on."""
         tensors = {name: getattr(self, name) for name in self._names}
-        return MachineWeight(self.format, (self.out_features, self.in_features), self.dtype, tensors)
+        shape = (self.out_features, self.in_features)
+        return MachineWeight(self.format, shape, self.dtype, tensors, self.kernel_device)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., K] -> [..., N]."""
         tensors = [getattr(self, name) for name in self._names]
-        return registry.kernel(self.format).call(x, tensors, self.bias, self.out_features)
+        return registry.kernel(self.format, self.kernel_device).call(x, tensors, self.bias, self.out_features)
 
     def extra_repr(self) -> str:  # noqa: D102
         return f"in_features={self.in_features}, out_features={self.out_features}, format={self.format}"

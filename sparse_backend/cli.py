@@ -82,7 +82,8 @@ def compile_command(
     pattern: Annotated[
         str | None,
         typer.Option(
-            help="Which zeros: unstructured, 2:4, 4:8, 8:16, block:16x16, block:32x32. Default: unstructured."
+            help="Which zeros: unstructured, 2:4, 4:8, 8:16, 6:16, 4:16, block:16x16, block:32x32. "
+            "Default: unstructured."
         ),
     ] = None,
     allocation: Annotated[

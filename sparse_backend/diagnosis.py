@@ -78,7 +78,7 @@ def _library() -> Iterator[Check]:
         found = [name for name, present in cpu.features().items() if present]
         yield Check("kernel levels", f"{', '.join(levels)}; in use: {cpu.active_isa()}")
         yield Check("instruction sets", ", ".join(found) or "none that a kernel uses")
-        for row in registry.KERNELS:
+        for row in registry.rows("cpu"):
             yield Check(f"{row.format} kernel", f"{row.implementation(torch.bfloat16)} (bf16)")
     except SparseBackendError as error:
         yield Check("kernel library", str(error), False)

@@ -20,7 +20,7 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "values": (None, "bf16", "fp16", "bf16x12", "int8", "int4"),
     "bits": (None, 2, 1.6),
     "method": ("magnitude", "wanda", "sparsegpt"),
-    "pattern": ("unstructured", "2:4", "4:8", "8:16", "block:16x16", "block:32x32"),
+    "pattern": ("unstructured", "2:4", "4:8", "8:16", "6:16", "4:16", "block:16x16", "block:32x32"),
     "allocation": ("uniform", "error"),
     "group_size": (None, 32, 64, 128, 256),
     "activations": (None, "keep", "int8"),
@@ -31,7 +31,13 @@ CHOICES: dict[str, tuple[Any, ...]] = {
 COMPILE_TIME_KEYS = ("values", "bits", "sparsity", "method", "pattern", "allocation", "group_size")
 
 # Patterns that keep N of M consecutive columns, and thereby say the sparsity: (N, M).
-NM_PATTERNS = {"2:4": (2, 4), "4:8": (4, 8), "8:16": (8, 16)}
+NM_PATTERNS = {"2:4": (2, 4), "4:8": (4, 8), "8:16": (8, 16), "6:16": (6, 16), "4:16": (4, 16)}
+
+# Columns that may share a scale, by format; for sparse ones of values int8 and int4.
+GROUP_SIZES: dict[str, tuple[int, ...]] = {
+    "bitmask": (64, 128, 256), "nm": (64, 128, 256), "sell": (128, 256), "block": (32, 64, 128, 256),
+    "int4": (32, 64, 128, 256), "ternary": (32, 64, 128, 256),
+}  # fmt: skip
 
 _NOT_IN_RULES = ("rules", "ignore", "lm_head")
 
@@ -72,8 +78,8 @@ class Options:
         sparsity: share of weights to prune, 0 <= s < 1: of every output row, or with blocks of the whole weight.
             None prunes nothing, but for N:M patterns, which say it themselves.
         method: how pruning ranks weights: `magnitude`; `wanda` and `sparsegpt` calibrate on text, when compiling.
-        pattern: which zeros pruning makes: `unstructured`; `2:4`, `4:8`, `8:16` keep N of M consecutive columns;
-            `block:16x16`, `block:32x32` prune whole blocks.
+        pattern: which zeros pruning makes: `unstructured`; `2:4`, `4:8`, `8:16`, `6:16`, `4:16` keep N of M
+            consecutive columns; `block:16x16`, `block:32x32` prune whole blocks.
         allocation: `uniform` gives every projection its `sparsity`; `error`, when compiling, gives those of one
             sparsity the same relative error, and `sparsity` on average.
         group_size: columns per scale when `format` ternary rounds a weight (None: one per weight), or of values
@@ -122,6 +128,18 @@ class Options:
                     "use format auto or bitmask, or drop sparsity"
                 )
         self._check_pruning()
+        self._check_storage()
+        for key in ("ignore", "rules"):
+            value = getattr(self, key)
+            if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
+                raise OptionError(f"option '{key}' must be a list, got {value!r}")
+            object.__setattr__(self, key, tuple(value))
+        for pattern in self.ignore:
+            _check_pattern("ignore", pattern)
+        for rule in self.rules:
+            self._check_rule(rule)
+
+    def _check_storage(self) -> None:
         if self.bits is not None and self.format not in ("auto", "ternary"):
             raise OptionError("options 'bits' and 'format' contradict: 'bits' is for format ternary or auto")
         if (
@@ -139,15 +157,19 @@ class Options:
                 f"options 'values' and 'format' contradict: values {self.values} are for formats auto, bitmask, sell, "
                 "nm and block"
             )
-        for key in ("ignore", "rules"):
-            value = getattr(self, key)
-            if isinstance(value, (str, bytes, Mapping)) or not isinstance(value, Sequence):
-                raise OptionError(f"option '{key}' must be a list, got {value!r}")
-            object.__setattr__(self, key, tuple(value))
-        for pattern in self.ignore:
-            _check_pattern("ignore", pattern)
-        for rule in self.rules:
-            self._check_rule(rule)
+        sizes = GROUP_SIZES.get(self.format)
+        if self.group_size is not None and sizes is not None and self.group_size not in sizes:
+            raise OptionError(
+                f"options 'group_size' and 'format' contradict: format {self.format} has groups of {_show(sizes)} "
+                "columns"
+            )
+        if self.format == "bf16x12" and self.values == "fp16":
+            raise OptionError("options 'values' and 'format' contradict: format bf16x12 stores bf16, not fp16")
+        if self.format == "int8" and self.activations == "int8":
+            raise OptionError(
+                "options 'activations' and 'format' contradict: format int8 keeps activations; use activations keep, "
+                "or values int8 with a sparse format"
+            )
 
     def _check_pruning(self) -> None:
         if self.pattern in NM_PATTERNS:
@@ -207,6 +229,8 @@ class Options:
             overrides = {"sparsity": None, "allocation": "uniform", **overrides}  # of the modules around it
         if overrides.get("format") in ("ternary", "int8", "int4", "bf16x12"):
             overrides = {"values": None, **overrides}  # of the sparse modules around it
+        if overrides.get("format") == "int8":
+            overrides = {"activations": None, **overrides}  # of the ternary modules around it
         if overrides.get("format", "ternary") != "ternary":
             overrides = {"bits": None, **overrides}  # of the ternary modules around it
             if overrides["format"] != "int4" and (overrides.get("values", self.values)) not in ("int8", "int4"):

@@ -20,12 +20,15 @@ class MachineWeight:
         shape: (N, K) of the weight it stands for.
         dtype: dtype of the stored values.
         tensors: the kernel's tensors, in the order its op takes them.
+        device: torch device type whose kernels read it. Not where the tensors lie: Triton's interpreter runs
+            kernels of `cuda` on tensors of the CPU.
     """
 
     format: str
     shape: tuple[int, int]
     dtype: torch.dtype
     tensors: dict[str, torch.Tensor]
+    device: str = "cpu"
 
     @property
     def nbytes(self) -> int:
@@ -79,19 +82,21 @@ class PackedWeight:
         """The machine form, made once and cached.
 
         Args:
-            device: only `cpu` has kernels today.
+            device: a torch device: `cpu`, `cuda`, `cuda:1`. With TRITON_INTERPRET=1, `cuda` leaves tensors
+                where they are.
             isa: kernel level to lower for; None for the active one. Today's CPU layout is
                 the same at every level, so this only checks that the machine has it.
 
         Raises:
-            IsaError: this machine lacks the level.
+            IsaError: this machine lacks the level, or Triton.
             OptionError: no kernels for the device.
         """
         from .kernels import registry
 
-        registry.select(self.format, device, self.dtype, isa)
+        target = torch.device(device)
+        row, _ = registry.select(self.format, target.type, self.dtype, isa)
         if device not in self._machine:
-            self._machine[device] = self._format().lower(self)
+            self._machine[device] = row.lower(self, target)
         return self._machine[device]
 
     def shard(self, dim: int, index: int, count: int) -> PackedWeight:

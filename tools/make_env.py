@@ -125,7 +125,11 @@ def build_wheel(env: Environment) -> Path:
     wheel = next(folder.glob("*.whl"))
     # Python started in this folder imports the sources beside it: they need the library too.
     with zipfile.ZipFile(wheel) as archive:
-        (ROOT / "sparse_backend" / "_C.so").write_bytes(archive.read("sparse_backend/_C.so"))
+        # Renamed into place: a process that has the old one mapped keeps it.
+        library = ROOT / "sparse_backend" / "_C.so"
+        part = library.with_name("_C.new.so")
+        part.write_bytes(archive.read("sparse_backend/_C.so"))
+        part.replace(library)
     stamp.write_text(digest)
     return wheel
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 
 from ..errors import OptionError, SparseBackendError
+from ..files import write_text
 
 out = Console()
 err = Console(stderr=True)
@@ -41,24 +41,12 @@ def check_writable(option: str, path: Path) -> None:
 
 
 def write_whole(option: str, path: Path, text: str) -> None:
-    """Write a file under a temporary name and rename it, so that it is never half there.
+    """Write the file that an option names; it is never half there.
 
     Raises:
         OptionError: naming the option and the file.
     """
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
-            part = Path(file.name)
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                part.chmod(0o644)
-                part.replace(path)
-            except BaseException:
-                part.unlink(missing_ok=True)
-                raise
+        write_text(path, text)
     except OSError as error:
         raise OptionError(f"{option} {path}: cannot be written: {error}") from None

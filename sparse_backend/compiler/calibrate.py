@@ -17,7 +17,6 @@ import importlib.util
 import json
 import logging
 import os
-import tempfile
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ import torch
 from .. import envs
 from ..diagnosis import cpu_model
 from ..errors import OptionError
+from ..files import write_text
 from ..formats import get_format
 from ..kernels import cpu, registry
 from ..options import Options
@@ -142,15 +142,7 @@ def _lock(path: Path) -> Iterator[None]:
 def save(profile: Profile, path: Path) -> None:
     """Write a profile; it appears only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
-        try:
-            file.write(json.dumps(profile.to_json(), indent=1) + "\n")
-            file.close()
-            Path(file.name).chmod(0o644)
-            Path(file.name).rename(path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    write_text(path, json.dumps(profile.to_json(), indent=1) + "\n")
 
 
 def calibrate(progress: Progress | None = None) -> Profile:
@@ -220,7 +212,7 @@ class _Measured:
             weights = [_weight(_LARGE, 1.0, "").to(self.dtype).clone() for _ in range(3)]
             xs = [_x(_LARGE[1], m, self.dtype) for m in BATCHES]
             # What an engine multiplies by: both are sampled, and the faster one counts.
-            self.calls = [[[partial(p, x) for p in products] for x in xs] for products in _dense_products(weights)]
+            self.calls = [[[partial(p, x) for p in products] for x in xs] for products in dense_products(weights)]
             self.densities = (0.0,) * len(self.calls)
             self.budget = _LARGE_SECONDS / 2
         else:
@@ -316,7 +308,7 @@ def _product(machine: MachineWeight, x: torch.Tensor) -> Callable[[], Any]:
     return partial(registry.kernel(machine.format).run, x, machine, None)
 
 
-def _dense_products(weights: list[torch.Tensor]) -> list[list[Callable[[torch.Tensor], Any]]]:
+def dense_products(weights: list[torch.Tensor]) -> list[list[Callable[[torch.Tensor], Any]]]:
     """The dense products an engine may run, per product one for each weight: torch's, and where vLLM is, its own."""
     found: list[list[Callable[[torch.Tensor], Any]]] = [[partial(_linear, w) for w in weights]]
     ops = _vllm_ops()

@@ -12,12 +12,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from isal import isal_zlib
 from safetensors import SafetensorError, safe_open
 
 from ..errors import CheckpointError, WeightError
@@ -91,13 +92,13 @@ def bits_of(dtype: str) -> int:
 def checksum(tensor: torch.Tensor) -> int:
     """CRC-32 of a tensor's bytes."""
     flat = tensor.contiguous().view(-1)
-    return zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
+    return isal_zlib.crc32(flat.view(torch.uint8).numpy().data) if flat.numel() else 0
 
 
 def header_checksum(tensors: Mapping[str, tuple[str, Iterable[int]]], modules: Mapping[str, Any]) -> int:
     """CRC-32 over names, dtypes and shapes of a shard and its module entries."""
     header = {name: [dtype, list(shape)] for name, (dtype, shape) in tensors.items()}
-    return zlib.crc32(json.dumps([header, modules], sort_keys=True).encode())
+    return isal_zlib.crc32(json.dumps([header, modules], sort_keys=True).encode())
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -233,12 +234,19 @@ def assemble(name: str, entry: ModuleEntry, tensors: dict[str, torch.Tensor]) ->
 
 
 def expand(
-    weights: Iterable[tuple[str, torch.Tensor]], modules: Mapping[str, ModuleEntry]
+    weights: Iterable[tuple[str, torch.Tensor]],
+    modules: Mapping[str, ModuleEntry],
+    wrap: Callable[[str, PackedWeight, Callable[[], torch.Tensor]], torch.Tensor] | None = None,
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Replace the tensors of packed modules, as they pass, by one dense `<module>.weight`.
 
     Lets an engine shard and merge with its own code. Holds at most the modules whose tensors
     have come in part.
+
+    Args:
+        weights: (name, tensor) as stored.
+        modules: the packed ones.
+        wrap: what to yield for (module, packed weight, function that unpacks it) instead of the dense weight.
 
     Raises:
         CheckpointError: a tensor is damaged, or a module never became whole.
@@ -258,10 +266,15 @@ def expand(
         if len(parts) == len(get_format(entry.format).specs(entry.attributes)):
             del waiting[module]
             packed = assemble(module, entry, parts)
-            try:
-                yield f"{module}.weight", packed.unpack()
-            except WeightError as error:
-                raise CheckpointError(f"{entry.file}: module {module} is damaged ({error}); {RECOMPILE}") from None
+            unpack = partial(_unpack, module, entry, packed)
+            yield f"{module}.weight", unpack() if wrap is None else wrap(module, packed, unpack)
     if waiting:
         name = next(iter(waiting))
         raise CheckpointError(f"{modules[name].file}: module {name} came without all its tensors; {RECOMPILE}")
+
+
+def _unpack(module: str, entry: ModuleEntry, packed: PackedWeight) -> torch.Tensor:
+    try:
+        return packed.unpack()
+    except WeightError as error:
+        raise CheckpointError(f"{entry.file}: module {module} is damaged ({error}); {RECOMPILE}") from None

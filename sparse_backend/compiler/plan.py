@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Collection
+from typing import cast
 
 import torch
 
 from ..errors import UnfitError, WeightError
 from ..formats import FORMATS, get_format
+from ..formats.unstructured import LEVELS, Unstructured, value_kinds
 from ..options import Options
 from ..packed import PackedWeight
 from .calibrate import current_profile
@@ -26,6 +28,9 @@ TIE = 0.03
 # than kernels without: a format this many times slower than dense at PREFILL_TOKENS is not taken.
 PREFILL_TOKENS = 64
 PREFILL_LIMIT = 4.0
+
+# Formats of one canonical form: a weight in one is a weight in the other.
+ONE_FORM = ("bitmask", "sell")
 
 _DENSE_VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -174,6 +179,35 @@ def choose(
         )
     gain = f"{dense.seconds / best.seconds:.1f}x dense predicted" if best.seconds else ""
     return Decision(best.format, f"{1 - nnz / weight.numel():.0%} zeros: {gain}", best.pack, tuple(found))
+
+
+def reconsider(packed: PackedWeight, options: Options, profile: Profile | None = None) -> PackedWeight:
+    """A compiled weight under the format that is fastest here, of those that share its canonical form.
+
+    What was compiled on another machine, or for another batch, keeps its tensors: only what they are lowered to
+    changes. Asks nothing of the weights themselves.
+    """
+    if options.format != "auto" or packed.format not in ONE_FORM or not packed.shape[0] * packed.shape[1]:
+        return packed
+    profile = profile or current_profile()
+    stored = packed.attributes.get("values")
+    integer = stored in LEVELS
+    kinds = (str(stored),) if integer else value_kinds(packed.tensors["values"], options)
+    values = packed.tensors["values"].numel() * (2 if stored == "int4" else 1)
+    density = min(1.0, values / (packed.shape[0] * packed.shape[1]))
+    found = []
+    for name in ONE_FORM:
+        if integer and packed.attributes["group_size"] not in (0, *cast(Unstructured, FORMATS[name]).group_sizes):
+            continue
+        for kind in kinds:
+            seconds = profile.seconds(name, kind, packed.shape, density, options.batch)
+            if seconds is not None:
+                found.append((seconds, name, kind))
+    if not found:
+        return packed
+    _, name, kind = min(found)
+    attributes = {**packed.attributes, **({} if kind == "fp16" else {"values": kind})}
+    return PackedWeight(name, packed.shape, packed.dtype, packed.tensors, attributes)
 
 
 def _asked_for(weight: torch.Tensor, options: Options, profile: Profile | None) -> Decision:

@@ -13,10 +13,11 @@ import fcntl
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from isal import isal_zlib
 
 from ..errors import CheckpointError
 
@@ -193,5 +194,5 @@ def file_crc32(path: Path) -> int:
     crc = 0
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
+            crc = isal_zlib.crc32(chunk, crc)
     return crc

@@ -1,7 +1,8 @@
-// The ops of packed weights (see torch_common.h): checks arguments, allocates outputs, hands plain
-// pointers to the kernels.
+// The ops of sparse and lanes weights (see torch_common.h; ternary and int8 ones in torch_lowbit.cpp): checks
+// arguments, allocates outputs, hands plain pointers to the kernels.
 #include <optional>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bitmask/linear.h"
@@ -11,18 +12,12 @@
 #include "lanes/bf16x12.h"
 #include "lanes/linear.h"
 #include "lanes/pack.h"
-#include "lowbit/linear.h"
-#include "lowbit/pack.h"
 #include "sell/linear.h"
 #include "sell/pack.h"
 #include "torch_common.h"
+#include "unstructured/halves.h"
 
 namespace {
-
-void check_bytes(const Tensor& t, int64_t dim, const char* what) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Byte && t.dim() == dim && t.is_contiguous(), what,
-                  " must be a contiguous uint8 tensor of ", dim, " dimension(s)");
-}
 
 int64_t count_nonzero(const Tensor& weight) {
   STD_TORCH_CHECK(weight.is_contiguous() && dtype_of(weight, "weight") != DType::kFp32,
@@ -87,10 +82,21 @@ Tensor bitmask_unpack(const Tensor& mask, const Tensor& values, int64_t in_featu
   return dense;
 }
 
+Tensor written(const sparse_backend::unstructured::Built& built,
+               const sparse_backend::unstructured::Canonical& weight, const int64_t* row_start,
+               const float* scales, const Tensor& like) {
+  const int64_t bytes = built.header.total_bytes;
+  Tensor packed = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  auto* buffer = static_cast<uint8_t*>(packed.mutable_data_ptr());
+  sparse_backend::advise_huge_pages(buffer, bytes);
+  write(built, weight, row_start, scales, buffer, torch_pool());
+  return packed;
+}
+
 // Machine form of an unstructured format. `bits` per value: 16, 12 (bf16 with coded exponents where
 // they allow it), 8 or 4; the last two with int8 values and `scales` [N, groups].
-template <uint64_t kMagic, int kRowsPerPart, sparse_backend::unstructured::WritePart kWritePart,
-          int kSmallestGroup, int kScaleTile = 0, int64_t kMostColumns = INT64_MAX>
+template <const sparse_backend::unstructured::Stream& kStream, int kSmallestGroup,
+          int64_t kMostColumns = INT64_MAX>
 Tensor unstructured_lower(const Tensor& mask, const Tensor& values, const std::optional<Tensor>& scales,
                           int64_t in_features, int64_t bits, int64_t group_size, int64_t activation_bits) {
   using namespace sparse_backend::unstructured;
@@ -117,58 +123,16 @@ Tensor unstructured_lower(const Tensor& mask, const Tensor& values, const std::o
         "integer values need contiguous float32 scales [", weight.out_features, ", ", groups, "]");
     scale_data = static_cast<const float*>(scales->const_data_ptr());
   }
-  const Settings settings{bits == 12, static_cast<int32_t>(group_size), static_cast<int32_t>(activation_bits),
-                          kScaleTile};
-  const auto pool = torch_pool();
-  const Built built = build(weight, start.data(), settings, kMagic, kRowsPerPart, kWritePart, pool);
-  Tensor packed = torch::stable::new_empty(mask, {built.header.total_bytes});
-  auto* buffer = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  sparse_backend::advise_huge_pages(buffer, built.header.total_bytes);
-  write(built, scale_data, buffer, pool);
-  return packed;
+  const Settings settings{bits == 12, static_cast<int32_t>(group_size),
+                          static_cast<int32_t>(activation_bits)};
+  return written(build(weight, start.data(), settings, kStream, {}, torch_pool()), weight, start.data(),
+                 scale_data, mask);
 }
 
-constexpr auto bitmask_lower =
-    unstructured_lower<sparse_backend::bitmask::kMagic, sparse_backend::bitmask::kPanelRows,
-                       sparse_backend::bitmask::write_panel, 64>;
+constexpr auto bitmask_lower = unstructured_lower<sparse_backend::bitmask::kStream, 64>;
 constexpr auto lanes_lower =
-    unstructured_lower<sparse_backend::lanes::kMagic, sparse_backend::lanes::kStripRows,
-                       sparse_backend::lanes::write_strip, 32, sparse_backend::lanes::kStripRows,
-                       sparse_backend::lanes::kMaxColumns>;
-constexpr auto sell_lower = unstructured_lower<sparse_backend::sell::kMagic, sparse_backend::sell::kStripRows,
-                                               sparse_backend::sell::write_strip, 128>;
-
-// What every linear op checks and allocates alike. `x` and `bias` are kept contiguous here.
-struct LinearTensors {
-  DType x_type, bias_type = DType::kFp32;
-  int64_t tokens = 1;
-  Tensor y, x, bias;
-  const void* bias_data = nullptr;
-};
-
-LinearTensors linear_tensors(const Tensor& x, const std::optional<Tensor>& bias, int64_t n, int64_t k,
-                             int64_t out_features) {
-  LinearTensors out;
-  out.x_type = dtype_of(x, "x");
-  STD_TORCH_CHECK(n == out_features, "packed weight has ", n, " output features, not ", out_features);
-  STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) == k,
-                  "the last dimension of x must be in_features = ", k);
-  std::vector<int64_t> shape;
-  for (int64_t d = 0; d + 1 < x.dim(); ++d) {
-    shape.push_back(x.size(d));
-    out.tokens *= x.size(d);
-  }
-  shape.push_back(n);
-  out.y = torch::stable::new_empty(x, shape);
-  out.x = x.is_contiguous() ? x : torch::stable::contiguous(x);
-  if (bias.has_value()) {
-    out.bias_type = dtype_of(*bias, "bias");
-    STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == n, "bias must have shape [", n, "]");
-    out.bias = bias->is_contiguous() ? *bias : torch::stable::contiguous(*bias);
-    out.bias_data = out.bias.const_data_ptr();
-  }
-  return out;
-}
+    unstructured_lower<sparse_backend::lanes::kStream, 32, sparse_backend::lanes::kMaxColumns>;
+constexpr auto sell_lower = unstructured_lower<sparse_backend::sell::kStream, 128>;
 
 template <uint64_t kMagic, int kRowsPerPart, auto kLinear>
 Tensor unstructured_linear(const Tensor& x, const Tensor& packed, const std::optional<Tensor>& bias,
@@ -221,8 +185,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> bf16x12_encode(const Tensor& weight) 
   return {low, high, exponents, escapes};
 }
 
-Tensor bf16x12_decode(const Tensor& low, const Tensor& high, const Tensor& exponents, const Tensor& escapes) {
-  using namespace sparse_backend::lanes;
+// Checks the tensors of a coded weight; `table` is its exponents.
+void check_bf16x12(const Tensor& low, const Tensor& high, const Tensor& exponents, const Tensor& escapes,
+                   sparse_backend::unstructured::ExponentTable* table) {
   check_bytes(low, 2, "low");
   check_bytes(high, 2, "high");
   check_bytes(exponents, 1, "exponents");
@@ -232,138 +197,83 @@ Tensor bf16x12_decode(const Tensor& low, const Tensor& high, const Tensor& expon
   STD_TORCH_CHECK(escapes.scalar_type() == ScalarType::Int && escapes.dim() == 2 && escapes.size(1) == 3 &&
                       escapes.is_contiguous(),
                   "escapes must be a contiguous int32 tensor [escapes, 3]");
+  std::memcpy(table, exponents.const_data_ptr(), sizeof(*table));
+  const auto* list = static_cast<const sparse_backend::lanes::Escaped*>(escapes.const_data_ptr());
+  for (int64_t i = 0; i < escapes.size(0); ++i) {
+    const auto& e = list[i];
+    STD_TORCH_CHECK(e.row >= 0 && e.row < n && e.column >= 0 && e.column < k && e.bits >= 0 && e.bits < 65536,
+                    "escape ", i, " lies outside the weight");
+    STD_TORCH_CHECK(i == 0 || list[i - 1].row <= e.row, "escape ", i, " is not in the order of rows");
+  }
+}
+
+Tensor bf16x12_decode(const Tensor& low, const Tensor& high, const Tensor& exponents, const Tensor& escapes) {
+  using namespace sparse_backend::lanes;
+  sparse_backend::unstructured::ExponentTable table;
+  check_bf16x12(low, high, exponents, escapes, &table);
+  const int64_t n = low.size(0), k = low.size(1);
   Tensor weight = torch::stable::new_empty(low, {n, k}, ScalarType::BFloat16);
   auto* out = static_cast<uint16_t*>(weight.mutable_data_ptr());
-  sparse_backend::unstructured::ExponentTable table;
-  std::memcpy(&table, exponents.const_data_ptr(), sizeof(table));
   decode_bf16x12(static_cast<const uint8_t*>(low.const_data_ptr()),
                  static_cast<const uint8_t*>(high.const_data_ptr()), table, n, k, out, torch_pool());
   const auto* list = static_cast<const Escaped*>(escapes.const_data_ptr());
   for (int64_t i = 0; i < escapes.size(0); ++i) {
     const Escaped& e = list[i];
-    STD_TORCH_CHECK(e.row >= 0 && e.row < n && e.column >= 0 && e.column < k && e.bits >= 0 && e.bits < 65536,
-                    "escape ", i, " lies outside the weight");
     out[e.row * k + e.column] = static_cast<uint16_t>(e.bits);
   }
   return weight;
 }
 
-void check_int8(const Tensor& t, const char* what) {
-  STD_TORCH_CHECK(t.scalar_type() == ScalarType::Char && t.dim() == 2 && t.is_contiguous(), what,
-                  " must be a contiguous int8 tensor [N, K]");
-}
-
-void check_per_byte(int64_t per_byte) {
-  STD_TORCH_CHECK(per_byte == 4 || per_byte == 5, "codes per byte must be 4 or 5, got ", per_byte);
-}
-
-// (whether the weight is ternary, its codes, its scales [N, groups]); group_size 0: one group per row.
-std::tuple<bool, Tensor, Tensor> ternary_scan(const Tensor& weight, int64_t group_size) {
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must have two dimensions [N, K], got ", weight.dim());
-  const DType type = dtype_of(weight, "weight");
-  const Tensor dense = torch::stable::contiguous(weight);
-  const int64_t n = dense.size(0), k = dense.size(1);
-  const int64_t group = group_size > 0 && group_size < k ? group_size : (k > 0 ? k : 1);
-  Tensor codes = torch::stable::new_empty(dense, {n, k}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(dense, {n, (k + group - 1) / group});
-  const bool ternary = sparse_backend::lowbit::scan_ternary(dense.const_data_ptr(), type, n, k, group,
-                                                            static_cast<int8_t*>(codes.mutable_data_ptr()),
-                                                            scales.mutable_data_ptr(), torch_pool());
-  return {ternary, codes, scales};
-}
-
-Tensor ternary_encode(const Tensor& codes, int64_t per_byte) {
-  using namespace sparse_backend::lowbit;
-  check_int8(codes, "codes");
-  check_per_byte(per_byte);
-  const int64_t n = codes.size(0), k = codes.size(1);
-  Tensor out =
-      torch::stable::new_empty(codes, {n, canonical_stride(k, static_cast<int>(per_byte))}, ScalarType::Byte);
-  const int64_t bad =
-      encode(static_cast<const int8_t*>(codes.const_data_ptr()), n, k, static_cast<int>(per_byte),
-             static_cast<uint8_t*>(out.mutable_data_ptr()), torch_pool());
-  STD_TORCH_CHECK(bad == 0, bad, " code(s) are not -1, 0 or 1");
-  return out;
-}
-
-Tensor ternary_decode(const Tensor& packed, int64_t per_byte, int64_t in_features) {
-  using namespace sparse_backend::lowbit;
-  check_bytes(packed, 2, "codes");
-  check_per_byte(per_byte);
-  const int64_t stride = in_features < 0 ? -1 : canonical_stride(in_features, static_cast<int>(per_byte));
-  STD_TORCH_CHECK(packed.size(1) == stride, "codes have ", packed.size(1),
-                  " bytes per row, in_features = ", in_features, " needs ", stride);
-  Tensor out = torch::stable::new_empty(packed, {packed.size(0), in_features}, ScalarType::Char);
-  const int64_t bad =
-      decode(static_cast<const uint8_t*>(packed.const_data_ptr()), packed.size(0), in_features,
-             static_cast<int>(per_byte), static_cast<int8_t*>(out.mutable_data_ptr()), torch_pool());
-  STD_TORCH_CHECK(bad == 0, bad, " byte(s) hold codes that do not exist (",
-                  per_byte == 4 ? "3 in two bits" : "243 to 255 for five trits",
-                  ", or set past the last column)");
-  return out;
-}
-
-// Machine form of int8 weights [N, K]: per_byte 4 or 5 for ternary codes, 1 for int8.
-Tensor lowbit_lower(const Tensor& weights, int64_t per_byte, int64_t group_size, int64_t limbs) {
-  using namespace sparse_backend::lowbit;
-  check_int8(weights, "weights");
-  Header header{kMagic,          static_cast<Storage>(per_byte),   weights.size(0),
-                weights.size(1), static_cast<int32_t>(group_size), static_cast<int32_t>(limbs)};
-  STD_TORCH_CHECK(header.in_features <= kMaxColumns, "low-bit kernels sum up to ", kMaxColumns,
-                  " columns in 32 bits, this weight has ", header.in_features);
-  STD_TORCH_CHECK(per_byte == 1 || per_byte == 4 || per_byte == 5, "weights per byte must be 1, 4 or 5");
-  STD_TORCH_CHECK(
-      group_size == 0 || (group_size >= 32 && group_size <= 256 && (group_size & (group_size - 1)) == 0),
-      "group_size must be 0, 32, 64, 128 or 256, got ", group_size);
-  STD_TORCH_CHECK(
-      limbs >= 1 && limbs <= 3 && (per_byte == 1) == (limbs == 2) && !(per_byte == 1 && group_size > 0),
-      "int8 weights take 2 limbs and no groups, ternary ones 1 or 3 limbs");
-  const int64_t bytes =
-      machine_bytes(make_plan(header.storage, header.in_features, group_size), header.out_features);
-  Tensor packed = torch::stable::new_empty(weights, {bytes}, ScalarType::Byte);
-  auto* buffer = static_cast<uint8_t*>(packed.mutable_data_ptr());
-  sparse_backend::advise_huge_pages(buffer, bytes);
-  const int64_t bad =
-      lower(static_cast<const int8_t*>(weights.const_data_ptr()), header, buffer, torch_pool());
-  STD_TORCH_CHECK(bad == 0, bad, " row(s) hold weights out of range");
-  return packed;
-}
-
-Tensor lowbit_linear(const Tensor& x, const Tensor& packed, const Tensor& scales,
-                     const std::optional<Tensor>& bias, int64_t out_features,
-                     const std::optional<Tensor>& absmax) {
-  using namespace sparse_backend::lowbit;
-  check_bytes(packed, 1, "packed weight");
-  LinearArgs args{};
-  const auto* data = static_cast<const uint8_t*>(packed.const_data_ptr());
-  const char* problem = parse(data, packed.numel(), &args.header);
-  STD_TORCH_CHECK(problem == nullptr, problem);
-  const int64_t n = args.header.out_features, k = args.header.in_features, group = args.header.group_size;
-  args.scale_type = dtype_of(scales, "scales");
-  args.one_scale = scales.dim() == 1;
-  const int64_t groups = group > 0 ? (k + group - 1) / group : 1;
-  STD_TORCH_CHECK(scales.is_contiguous() &&
-                      (args.one_scale ? scales.size(0) == 1 && group == 0
-                                      : scales.dim() == 2 && scales.size(0) == groups && scales.size(1) == n),
-                  "scales must be contiguous, [1] or [", groups, ", ", n, "]");
-  LinearTensors t = linear_tensors(x, bias, n, k, out_features);
-  if (t.y.numel() == 0) return t.y;
-  if (absmax.has_value()) {
-    STD_TORCH_CHECK(
-        absmax->scalar_type() == ScalarType::Float && absmax->is_contiguous() && absmax->numel() == t.tokens,
-        "absmax must be a contiguous float32 tensor with one value per token");
-    args.absmax = static_cast<const float*>(absmax->const_data_ptr());
+// Machine form (lanes) of a coded weight: its bytes in another order.
+Tensor bf16x12_lower(const Tensor& low, const Tensor& high, const Tensor& exponents, const Tensor& escapes) {
+  using namespace sparse_backend::unstructured;
+  Encoding encoding{};
+  check_bf16x12(low, high, exponents, escapes, &encoding.exponents);
+  const int64_t n = low.size(0), k = low.size(1), count = escapes.size(0);
+  STD_TORCH_CHECK(k <= sparse_backend::lanes::kMaxColumns, "this format holds up to ",
+                  sparse_backend::lanes::kMaxColumns, " columns, not ", k);
+  STD_TORCH_CHECK(encoding.exponents.exponent[kEscapeCode] == 0 && count < int64_t{1} << 32,
+                  "the last of the exponents must be 0");
+  const auto* list = static_cast<const sparse_backend::lanes::Escaped*>(escapes.const_data_ptr());
+  encoding.escape_start.assign(n + 1, 0);
+  for (int64_t i = 0; i < count; ++i) {
+    ++encoding.escape_start[list[i].row + 1];
+    encoding.escapes.push_back(
+        {static_cast<uint32_t>(list[i].column), static_cast<uint16_t>(list[i].bits), 0});
   }
-  args.panels = data + kHeaderBytes;
-  args.scales = scales.const_data_ptr();
-  args.x = t.x.const_data_ptr();
-  args.x_type = t.x_type;
-  args.tokens = t.tokens;
-  args.bias = t.bias_data;
-  args.bias_type = t.bias_type;
-  args.y = t.y.mutable_data_ptr();
-  linear(args, torch_pool());
-  return t.y;
+  for (int64_t row = 0; row < n; ++row) encoding.escape_start[row + 1] += encoding.escape_start[row];
+  const Canonical weight{n,
+                         k,
+                         Values::kBf16x12,
+                         nullptr,
+                         low.const_data_ptr(),
+                         n * k,
+                         static_cast<const uint8_t*>(high.const_data_ptr())};
+  const Built built =
+      build(weight, nullptr, {}, sparse_backend::lanes::kStream, std::move(encoding), torch_pool());
+  return written(built, weight, nullptr, nullptr, low);
+}
+
+// int8 codes -8..7 [rows, columns] as half bytes [rows, ceil(columns / 2)].
+Tensor join_halves(const Tensor& codes) {
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Char && codes.dim() == 2 && codes.is_contiguous(),
+                  "codes must be a contiguous int8 tensor [rows, columns]");
+  Tensor out = torch::stable::new_empty(codes, {codes.size(0), (codes.size(1) + 1) / 2}, ScalarType::Byte);
+  sparse_backend::unstructured::join_halves(static_cast<const int8_t*>(codes.const_data_ptr()), codes.size(0),
+                                            codes.size(1), static_cast<uint8_t*>(out.mutable_data_ptr()),
+                                            torch_pool());
+  return out;
+}
+
+Tensor split_halves(const Tensor& bytes, int64_t columns) {
+  check_bytes(bytes, 2, "bytes");
+  STD_TORCH_CHECK(columns >= 0 && bytes.size(1) == (columns + 1) / 2, columns, " codes per row need ",
+                  (columns + 1) / 2, " bytes, there are ", bytes.size(1));
+  Tensor out = torch::stable::new_empty(bytes, {bytes.size(0), columns}, ScalarType::Char);
+  sparse_backend::unstructured::split_halves(static_cast<const uint8_t*>(bytes.const_data_ptr()),
+                                             bytes.size(0), columns,
+                                             static_cast<int8_t*>(out.mutable_data_ptr()), torch_pool());
+  return out;
 }
 
 }  // namespace
@@ -380,19 +290,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sparse_backend, m) {
       "int activation_bits) -> Tensor");
   m.def("bf16x12_encode(Tensor weight) -> (Tensor low, Tensor high, Tensor exponents, Tensor escapes)");
   m.def("bf16x12_decode(Tensor low, Tensor high, Tensor exponents, Tensor escapes) -> Tensor");
+  m.def("bf16x12_lower(Tensor low, Tensor high, Tensor exponents, Tensor escapes) -> Tensor");
+  m.def("join_halves(Tensor codes) -> Tensor");
+  m.def("split_halves(Tensor bytes, int columns) -> Tensor");
   m.def("lanes_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def("bitmask_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
   m.def(
       "sell_lower(Tensor mask, Tensor values, Tensor? scales, int in_features, int bits, int group_size, "
       "int activation_bits) -> Tensor");
   m.def("sell_linear(Tensor x, Tensor packed, Tensor? bias, int out_features) -> Tensor");
-  m.def("ternary_scan(Tensor weight, int group_size) -> (bool ternary, Tensor codes, Tensor scales)");
-  m.def("ternary_encode(Tensor codes, int per_byte) -> Tensor");
-  m.def("ternary_decode(Tensor packed, int per_byte, int in_features) -> Tensor");
-  m.def("lowbit_lower(Tensor weights, int per_byte, int group_size, int limbs) -> Tensor");
-  m.def(
-      "lowbit_linear(Tensor x, Tensor packed, Tensor scales, Tensor? bias, int out_features, "
-      "Tensor? absmax=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(sparse_backend, CPU, m) {
@@ -403,15 +309,13 @@ STABLE_TORCH_LIBRARY_IMPL(sparse_backend, CPU, m) {
   m.impl("bitmask_linear", TORCH_BOX(bitmask_linear));
   m.impl("bf16x12_encode", TORCH_BOX(&bf16x12_encode));
   m.impl("bf16x12_decode", TORCH_BOX(&bf16x12_decode));
+  m.impl("join_halves", TORCH_BOX(&join_halves));
+  m.impl("split_halves", TORCH_BOX(&split_halves));
+  m.impl("bf16x12_lower", TORCH_BOX(&bf16x12_lower));
   m.impl("lanes_lower", TORCH_BOX(lanes_lower));
   m.impl("lanes_linear", TORCH_BOX(lanes_linear));
   m.impl("sell_lower", TORCH_BOX(sell_lower));
   m.impl("sell_linear", TORCH_BOX(sell_linear));
-  m.impl("ternary_scan", TORCH_BOX(&ternary_scan));
-  m.impl("ternary_encode", TORCH_BOX(&ternary_encode));
-  m.impl("ternary_decode", TORCH_BOX(&ternary_decode));
-  m.impl("lowbit_lower", TORCH_BOX(&lowbit_lower));
-  m.impl("lowbit_linear", TORCH_BOX(&lowbit_linear));
 }
 
 // Plain C, for ctypes: asked before any tensor exists.
@@ -450,10 +354,6 @@ __attribute__((visibility("default"))) const char* sparse_backend_lanes_kernel(i
 
 __attribute__((visibility("default"))) const char* sparse_backend_sell_kernel(int values) {
   return sparse_backend::sell::kernel_name(static_cast<sparse_backend::unstructured::Values>(values));
-}
-
-__attribute__((visibility("default"))) const char* sparse_backend_lowbit_kernel() {
-  return sparse_backend::lowbit::kernel_name();
 }
 
 }  // extern "C"

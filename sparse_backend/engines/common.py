@@ -17,10 +17,11 @@ from ..compiler.bitnet import METHOD as BITNET
 from ..compiler.bitnet import BitNet
 from ..errors import CheckpointError, OptionError, WeightError
 from ..formats.ternary import Ternary
-from ..kernels import registry
+from ..formats.unstructured import LEVELS
 from ..options import COMPILE_TIME_KEYS, QUANT_METHOD, Options
 from ..packed import PackedWeight
 from ..report import Report
+from .handover import PackedTensor
 from .layers import LayerKernel, NormedKernel
 
 
@@ -181,11 +182,10 @@ def _refuse_nan(prefix: str, weight: torch.Tensor) -> None:
         raise WeightError(f"{prefix}: weight has NaN values, or is missing from the checkpoint; {convert.FIX}")
 
 
-def _one_magnitude(weight: torch.Tensor) -> float | None:
-    """The scale of a ternary weight that has one for all, else None."""
-    magnitude = weight.abs()
-    largest = magnitude.max() if weight.numel() else weight.new_zeros(())
-    return float(largest) if ((magnitude == 0) | (magnitude == largest)).all() else None
+def _one_scale(weight: torch.Tensor) -> float | None:
+    """The scale of a compiled ternary weight that has one for all, else None."""
+    scales = weight.packed.tensors["scales"] if isinstance(weight, PackedTensor) else weight.new_empty(0)
+    return scales.item() if scales.numel() == 1 else None
 
 
 @dataclasses.dataclass
@@ -198,7 +198,9 @@ class Loading:
         bitnet: how a BitNet checkpoint stores its layers; None for others.
         scales: exact scale of HF modules that have one, where the engine's dtype rounds it.
         activations: what a compiled checkpoint says of its ternary modules, by HF name.
+        compiled: the HF modules that came compiled.
         heads: output heads converted as option `lm_head` asks.
+        handed: layers that took compiled weights as they are stored, never dense.
     """
 
     report: Report = dataclasses.field(default_factory=Report)
@@ -206,7 +208,9 @@ class Loading:
     bitnet: BitNet | None = None
     scales: dict[str, float] = dataclasses.field(default_factory=dict)
     activations: dict[str, str] = dataclasses.field(default_factory=dict)
+    compiled: frozenset[str] = frozenset()
     heads: int = 0
+    handed: int = 0
 
     def weights(
         self,
@@ -225,7 +229,8 @@ class Loading:
                 "use a folder with safetensors files on this disk"
             )
         self.activations = {n: e.attributes["activations"] for n, e in modules.items() if "activations" in e.attributes}
-        stream = checkpoint.expand(weights, modules)
+        self.compiled = frozenset(modules)
+        stream = checkpoint.expand(weights, modules, PackedTensor)
         if self.bitnet is not None:
             stream = self.bitnet.expand(stream, convert.is_projection, dtype)
             self.scales = self.bitnet.scales
@@ -233,7 +238,7 @@ class Loading:
             module = name.removesuffix(".weight")
             entry = modules.get(module)
             if entry is not None and entry.format == "ternary" and entry.dtype == "float32" != str(dtype)[6:]:
-                scale = _one_magnitude(tensor)
+                scale = _one_scale(tensor)
                 if scale is not None:
                     self.scales[module] = scale
             is_weight = module != name and tensor.dim() == 2 and tensor.dtype in convert.PRUNABLE_DTYPES
@@ -270,6 +275,8 @@ class Loading:
         if options is None:
             self.report.add_dense(prefix, weight.nbytes, reason)
             return None
+        if self.compiled and options.values in LEVELS and not self.compiled.issuperset(name for name, _ in parts):
+            options = dataclasses.replace(options, values=None)  # what compiling left dense is not rounded now
         trained = self.bitnet is not None or "int8" in {self.activations.get(name) for name, _ in parts}
         if options.activations is None and trained:
             options = dataclasses.replace(options, activations="int8")
@@ -285,11 +292,15 @@ class Loading:
             self.report.add_dense(prefix, weight.nbytes, reason)
             return None
         packed = self._exact(packed, parts)
-        registry.select(packed.format, weight.device.type, packed.dtype)
-        machine = packed.lower()
-        self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
-        if packed.format in ("int8", "int4") and options.format == packed.format and parts:
+        if packed.format in ("int8", "int4") and options.format == packed.format and parts and not self.compiled:
             self.report.note("rounded")
+        return self.install(layer, prefix, packed)
+
+    def install(self, layer: torch.nn.Module, prefix: str, packed: PackedWeight) -> LayerKernel:
+        """Put the machine form of `packed` in place of a layer's `weight`, which nobody reads any more."""
+        weight = cast(torch.Tensor, layer.weight)
+        machine = packed.lower(weight.device.type)
+        self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
         # Only ternary models are trained for activations that all ranks round alike.
         trained_int8 = packed.format == "ternary" and packed.attributes["activations"] == "int8"
         return LayerKernel(layer, machine, int8_activations=trained_int8)
@@ -378,6 +389,8 @@ class Loading:
             log("values converted as asked ('values'): rounding may change the checkpoint's function")
         for line in self.report.summary():
             log(line)
+        if self.compiled:
+            log(f"{self.handed} layers took their compiled weights as stored, the others by way of dense ones")
         if not self.report.packed_count:
             log(
                 "nothing was packed: the model runs dense. To prune it: sparse-backend compile MODEL OUT --sparsity 0.5"

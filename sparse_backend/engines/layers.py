@@ -24,7 +24,7 @@ class LayerKernel:
         for name, tensor in machine.tensors.items():
             layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
         self.names = tuple(machine.tensors)
-        self.op = registry.kernel(machine.format).function()
+        self.op = registry.kernel(machine.format, machine.device).function()
         self.out_features = machine.shape[0]
         self.int8_activations = int8_activations
 
@@ -56,7 +56,7 @@ class NormedKernel(LayerKernel):
             for name, tensor in zip(names, tensors.values(), strict=True):
                 layer.register_parameter(name, torch.nn.Parameter(tensor, requires_grad=False))
             self.parts.append((names, machine.shape[0]))
-        self.op = registry.kernel(machines[0].format).function()
+        self.op = registry.kernel(machines[0].format, machines[0].device).function()
         self.eps = eps
         self.int8_activations = False
 

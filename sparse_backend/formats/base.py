@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -89,6 +89,20 @@ class Format(abc.ABC):
     @abc.abstractmethod
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
         """Part `index` of `count` along `dim`, without leaving the canonical form's meaning."""
+
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        """Weights [N_i, K] as one [sum of N_i, K], without making them dense; None where their forms do not fit.
+
+        An engine merges projections of one input (q, k and v) into one layer.
+        """
+        first = parts[0]
+        if len(parts) == 1:
+            return first
+        if any((p.attributes, p.dtype, p.shape[1]) != (first.attributes, first.dtype, first.shape[1]) for p in parts):
+            return None
+        tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in first.tensors}
+        shape = (sum(p.shape[0] for p in parts), first.shape[1])
+        return PackedWeight(self.name, shape, first.dtype, tensors, dict(first.attributes))
 
     def validate(self, packed: PackedWeight) -> None:
         """WeightError unless the tensors are those of this format, with its dtypes."""

@@ -8,13 +8,15 @@ length keeps a kernel at the speed of memory.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..errors import UnfitError, WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
-from .lanes import MAX_COLUMNS, check_columns, full_mask, lower_lanes
+from .lanes import MAX_COLUMNS, check_columns
 
 MOST_ESCAPES = 1e-3
 # A share of one row in so many is looked at before a whole weight is coded.
@@ -69,13 +71,32 @@ class Bf16x12(Format):
         return dense
 
     def lower(self, packed: PackedWeight) -> MachineWeight:
-        mask = full_mask(*packed.shape)
-        return lower_lanes(self.name, packed.dtype, packed.shape, mask, packed.unpack().view(-1), 12)
+        from ..kernels import cpu
+
+        check_columns(self.name, packed.shape[1])
+        t = packed.tensors
+        with cpu.as_weight_error():
+            buffer = cpu.ops().bf16x12_lower(t["low"], t["high"], t["exponents"], t["escapes"])
+        return MachineWeight(self.name, packed.shape, packed.dtype, {"packed": buffer})
 
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
         part = self.part(packed.shape[dim], index, count)
         dense = packed.unpack()
         return self._encode((dense[part] if dim == 0 else dense[:, part]).contiguous())
+
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        tables = [p.tensors["exponents"] for p in parts]
+        if len(parts) == 1 or any(p.shape[1] != parts[0].shape[1] for p in parts):
+            return parts[0] if len(parts) == 1 else None
+        if not all(torch.equal(tables[0], table) for table in tables):
+            return self._encode(torch.cat([self.unpack(p) for p in parts]))
+        first, escapes = 0, []
+        for p in parts:
+            escapes.append(p.tensors["escapes"] + torch.tensor([first, 0, 0], dtype=torch.int32))
+            first += p.shape[0]
+        tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in ("low", "high")}
+        tensors |= {"exponents": tables[0], "escapes": torch.cat(escapes)}
+        return PackedWeight(self.name, (first, parts[0].shape[1]), parts[0].dtype, tensors)
 
     def validate(self, packed: PackedWeight) -> None:
         super().validate(packed)

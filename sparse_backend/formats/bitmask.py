@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ..options import GROUP_SIZES
 from .unstructured import Unstructured
 
 
@@ -19,7 +20,7 @@ class Bitmask(Unstructured):
     """Kernels that work per position: for weights with up to about 75% zeros."""
 
     name = "bitmask"
-    group_sizes = (64, 128, 256)
+    group_sizes = GROUP_SIZES["bitmask"]
     coded = False
 
     def _lower(self, *args: Any) -> torch.Tensor:

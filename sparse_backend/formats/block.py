@@ -7,21 +7,20 @@ block is stored whole and costs no index per weight; its kernels read activation
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 
 from ..errors import WeightError
-from ..options import Options
+from ..options import GROUP_SIZES, Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
-from .lanes import ACTIVATION_BITS, check_columns, join_bits, join_rows, lower_lanes, split_rows
+from .lanes import ACTIVATION_BITS, check_columns, join_bits, join_halves, lower_lanes, split_halves
 from .unstructured import BITS, DEFAULT_GROUP, LEVELS, check_scales, quantise_groups, value_kinds
 
 SIZE = 16
-GROUP_SIZES = (32, 64, 128, 256)
 # Strips of 16 rows that are looked at before a whole weight is scanned for blocks of zeros.
 _SAMPLED_STRIPS = 8
 
@@ -81,7 +80,7 @@ class Block(Format):
             attributes = {
                 "values": options.values, "group_size": group_size, "activations": options.activations or "keep"
             }  # fmt: skip
-            stored = values if options.values == "int8" else join_rows(values)
+            stored = values if options.values == "int8" else join_halves(values)
             tensors = {"blocks": join_bits(occupied), "values": stored, "scales": scales}
             return PackedWeight(self.name, shape, weight.dtype, tensors, attributes)
         if not torch.isfinite(weight).all():
@@ -107,7 +106,7 @@ class Block(Format):
 
     def _codes(self, packed: PackedWeight) -> torch.Tensor:
         stored = packed.tensors["values"]
-        return stored if packed.attributes["values"] == "int8" else split_rows(stored, SIZE)
+        return stored if packed.attributes["values"] == "int8" else split_halves(stored, SIZE)
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
         if packed.attributes.get("values") not in LEVELS:
@@ -154,11 +153,14 @@ class Block(Format):
             if group_size:
                 scales = scales[:, part.start // group_size : -(-part.stop // group_size)]
         values = _take(codes.contiguous(), occupied)
-        stored = values if packed.attributes["values"] == "int8" else join_rows(values)
+        stored = values if packed.attributes["values"] == "int8" else join_halves(values)
         tensors = {"blocks": join_bits(occupied), "values": stored, "scales": scales.clone()}
         return PackedWeight(
             self.name, (codes.shape[0], codes.shape[1]), packed.dtype, tensors, dict(packed.attributes)
         )  # fmt: skip
+
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        return None if any(p.shape[0] % SIZE for p in parts[:-1]) else super().join(parts)
 
     def validate(self, packed: PackedWeight) -> None:
         super().validate(packed)
@@ -177,7 +179,10 @@ class Block(Format):
             raise WeightError(f"block: {stored} blocks are marked, values are {tuple(values.shape)}")
         if kind in LEVELS:
             group_size = packed.attributes.get("group_size")
-            if group_size not in (0, *GROUP_SIZES) or packed.attributes.get("activations") not in ACTIVATION_BITS:
+            if (
+                group_size not in (0, *GROUP_SIZES["block"])
+                or packed.attributes.get("activations") not in ACTIVATION_BITS
+            ):
                 raise WeightError(f"block: attributes {packed.attributes} are not those of this format")
             check_scales(self.name, packed.tensors["scales"], (n, -(-k // group_size) if group_size else 1))
 

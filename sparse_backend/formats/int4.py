@@ -9,14 +9,13 @@ from __future__ import annotations
 import torch
 
 from ..errors import WeightError
-from ..options import Options
+from ..options import GROUP_SIZES, Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
-from .lanes import ACTIVATION_BITS, check_columns, full_mask, join_rows, lower_lanes, split_rows
+from .lanes import ACTIVATION_BITS, check_columns, full_mask, join_halves, lower_lanes, split_halves
 from .unstructured import check_scales, quantise_groups
 
 DEFAULT_GROUP = 128
-GROUP_SIZES = (32, 64, 128, 256)
 
 
 class Int4(Format):
@@ -51,11 +50,11 @@ class Int4(Format):
         attributes = {"group_size": group_size, "activations": options.activations or "keep"}
         shape = (weight.shape[0], weight.shape[1])
         return PackedWeight(
-            self.name, shape, weight.dtype, {"weight": join_rows(codes), "scales": scales}, attributes
+            self.name, shape, weight.dtype, {"weight": join_halves(codes), "scales": scales}, attributes
         )  # fmt: skip
 
     def _codes(self, packed: PackedWeight) -> torch.Tensor:
-        return split_rows(packed.tensors["weight"], packed.shape[1])
+        return split_halves(packed.tensors["weight"], packed.shape[1])
 
     def unpack(self, packed: PackedWeight) -> torch.Tensor:
         scales = packed.tensors["scales"]
@@ -82,7 +81,7 @@ class Int4(Format):
             codes = codes[:, part]
             if group_size:
                 scales = scales[:, part.start // group_size : -(-part.stop // group_size)]
-        tensors = {"weight": join_rows(codes.contiguous()), "scales": scales.clone()}
+        tensors = {"weight": join_halves(codes.contiguous()), "scales": scales.clone()}
         shape = (codes.shape[0], codes.shape[1])
         return PackedWeight(self.name, shape, packed.dtype, tensors, dict(packed.attributes))
 
@@ -90,7 +89,7 @@ class Int4(Format):
         super().validate(packed)
         n, k = packed.shape
         group_size, activations = packed.attributes.get("group_size"), packed.attributes.get("activations")
-        if group_size not in (0, *GROUP_SIZES) or activations not in ACTIVATION_BITS:
+        if group_size not in (0, *GROUP_SIZES["int4"]) or activations not in ACTIVATION_BITS:
             raise WeightError(f"int4: attributes {packed.attributes} are not those of this format")
         groups = -(-k // group_size) if group_size else 1
         if tuple(packed.tensors["weight"].shape) != (n, (k + 1) // 2):
@@ -100,6 +99,6 @@ class Int4(Format):
 
 def _group_size(options: Options) -> int:
     size = DEFAULT_GROUP if options.group_size is None else options.group_size
-    if size and size not in GROUP_SIZES:
-        raise WeightError(f"int4 has no groups of {size} columns; there are {GROUP_SIZES}")
+    if size and size not in GROUP_SIZES["int4"]:
+        raise WeightError(f"int4 has no groups of {size} columns; there are {GROUP_SIZES['int4']}")
     return size

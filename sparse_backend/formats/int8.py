@@ -2,9 +2,9 @@
 
 Symmetric round-to-nearest: w = scale * q, q in -127..127, scale = max|w| / 127 of the row (the
 weight half of LLM.int8(), Dettmers et al., 2022). Activations keep 15 bits. Meant for `lm_head`,
-which in a ternary model costs more than all other layers together. A compiled projection is
-rounded again as an engine loads it: its codes stay, its scales may move by the rounding of the
-engine's dtype.
+which in a ternary model costs more than all other layers together. Where an engine makes a
+compiled projection dense to cut it, it is rounded again: its codes stay, its scales may move by
+the rounding of the engine's dtype.
 """
 
 from __future__ import annotations

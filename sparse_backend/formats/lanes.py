@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 
 from ..errors import WeightError
@@ -47,16 +49,21 @@ def check_columns(name: str, k: int) -> None:
         raise WeightError(f"{name}: holds up to {MAX_COLUMNS} columns, this weight has {k}")
 
 
-def join_rows(codes: torch.Tensor) -> torch.Tensor:
+def join_halves(codes: torch.Tensor) -> torch.Tensor:
     """int8 codes -8..7 [..., K] as half bytes [..., ceil(K / 2)] uint8, even columns in the low halves."""
-    halves = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2)).view(torch.uint8) & 15
-    return halves[..., 0::2] | (halves[..., 1::2] << 4)
+    from ..kernels import cpu
+
+    rows = codes.reshape(codes.shape[:-1].numel(), codes.shape[-1])
+    return cast(torch.Tensor, cpu.ops().join_halves(rows)).view(*codes.shape[:-1], -(-codes.shape[-1] // 2))
 
 
-def split_rows(stored: torch.Tensor, k: int) -> torch.Tensor:
-    """What `join_rows` joined, int8 [..., k]."""
-    halves = torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2)[..., :k].view(torch.int8)
-    return torch.where(halves > 7, halves - 16, halves)
+def split_halves(stored: torch.Tensor, k: int) -> torch.Tensor:
+    """What `join_halves` joined, int8 [..., k]; WeightError for another number of bytes."""
+    from ..kernels import cpu
+
+    rows = stored.reshape(stored.shape[:-1].numel(), stored.shape[-1])
+    with cpu.as_weight_error():
+        return cast(torch.Tensor, cpu.ops().split_halves(rows, k)).view(*stored.shape[:-1], k)
 
 
 def join_bits(occupied: torch.Tensor) -> torch.Tensor:

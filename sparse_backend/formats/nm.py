@@ -1,4 +1,4 @@
-"""`nm`: at most N nonzeros in every M consecutive columns, 2:4, 4:8 or 8:16.
+"""`nm`: at most N nonzeros in every M consecutive columns: 2:4, 4:8, 8:16, 6:16 or 4:16.
 
 Canonical form: a mask of one bit per weight, which for 2:4 is what two 2-bit positions per group of four cost too
 (the form of NVIDIA's sparse tensor cores, Mishra et al., 2021) and less for larger M, and exactly N values per
@@ -23,6 +23,7 @@ from .unstructured import LEVELS, quantise_groups, value_kinds
 
 # Rows that are looked at before a whole weight is checked.
 _SAMPLED_ROWS = 64
+_SMALLEST_FIRST = sorted(NM_PATTERNS, key=lambda name: (NM_PATTERNS[name][0] / NM_PATTERNS[name][1], NM_PATTERNS[name]))
 
 
 class Nm(Bitmask):
@@ -94,11 +95,11 @@ class Nm(Bitmask):
 
 
 def find_pattern(weight: torch.Tensor) -> str | None:
-    """The finest of 2:4, 4:8 and 8:16 that a weight [N, K] fits, or None."""
+    """Of the patterns that a weight [N, K] fits, the finest that stores least; or None."""
     if not weight.numel():
         return None
     sample = weight[:: max(1, weight.shape[0] // _SAMPLED_ROWS)]
-    for pattern in NM_PATTERNS:
+    for pattern in _SMALLEST_FIRST:
         if _fits(sample, pattern) and _fits(weight, pattern):
             return pattern
     return None

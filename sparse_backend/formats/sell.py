@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..options import GROUP_SIZES
 from .unstructured import Unstructured
 
 
@@ -18,7 +19,7 @@ class Sell(Unstructured):
     """Kernels that work per stored weight."""
 
     name = "sell"
-    group_sizes = (128, 256)
+    group_sizes = GROUP_SIZES["sell"]
     coded = True
 
     def _lower(self, *args: Any) -> torch.Tensor:

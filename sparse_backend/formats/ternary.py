@@ -9,16 +9,16 @@ trained for it. The machine form is our own, see csrc/lowbit/layout.h.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from functools import partial
 
 import torch
 
 from ..errors import WeightError
-from ..options import Options
+from ..options import GROUP_SIZES, Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
 
-GROUP_SIZES = (256, 128, 64, 32)
 MAX_COLUMNS = 65536  # what the kernels' int32 sums hold; lowering a longer row is an error
 _PER_BYTE = {2: 4, 1.6: 5}
 # int8 numbers an activation becomes: exact enough to stand for fp32 sums, or BitNet's rule.
@@ -63,7 +63,7 @@ def _scan(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, int] | None
     if weight.numel() == 0:
         return torch.zeros(weight.shape, dtype=torch.int8), weight.new_zeros(1, 1), 0
     with cpu.as_weight_error():
-        for group_size in (0, *(g for g in GROUP_SIZES if g < weight.shape[1])):
+        for group_size in (0, *(g for g in reversed(GROUP_SIZES["ternary"]) if g < weight.shape[1])):
             ternary, codes, scales = cpu.ops().ternary_scan(weight, group_size)
             if ternary:
                 return codes, _shared(scales), group_size
@@ -192,12 +192,21 @@ class Ternary(Format):
         options = Options(format="ternary", bits=attributes["bits"], activations=attributes["activations"])
         return self.from_codes(codes.contiguous(), scales.clone(), group_size, options)
 
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        # One scale for a part is one for each of its rows; all of them may still be one.
+        spread = [
+            self.rescale(p, p.tensors["scales"].expand(p.shape[0], -1).contiguous())
+            if p.tensors["scales"].shape[0] == 1 else p for p in parts
+        ]  # fmt: skip
+        joined = super().join(spread) if len(parts) > 1 else parts[0]
+        return None if joined is None else self.rescale(joined, _shared(joined.tensors["scales"]))
+
     def validate(self, packed: PackedWeight) -> None:
         super().validate(packed)
         n, k = packed.shape
         bits, group_size = packed.attributes.get("bits"), packed.attributes.get("group_size")
         activations = packed.attributes.get("activations")
-        if bits not in _PER_BYTE or group_size not in (0, *GROUP_SIZES) or activations not in _LIMBS:
+        if bits not in _PER_BYTE or group_size not in (0, *GROUP_SIZES["ternary"]) or activations not in _LIMBS:
             raise WeightError(f"ternary: attributes {packed.attributes} are not those of this format")
         codes, scales = packed.tensors["codes"], packed.tensors["scales"]
         expected = (n, -(-k // _PER_BYTE[bits]))

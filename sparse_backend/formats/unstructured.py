@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -23,7 +23,7 @@ from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 from .base import Candidate, Format, TensorSpec
-from .lanes import ACTIVATION_BITS
+from .lanes import ACTIVATION_BITS, join_halves, split_halves
 
 # Largest code of integer values.
 LEVELS = {"int8": 127, "int4": 7}
@@ -120,7 +120,7 @@ class Unstructured(Format):
         attributes: dict[str, Any],
         shape: tuple[int, int],
     ) -> PackedWeight:
-        stored = codes if attributes["values"] == "int8" else _join_halves(codes)
+        stored = codes if attributes["values"] == "int8" else join_halves(codes)
         return PackedWeight(self.name, shape, dtype, {"mask": mask, "values": stored, "scales": scales}, attributes)
 
     def codes(self, packed: PackedWeight) -> torch.Tensor:
@@ -128,7 +128,7 @@ class Unstructured(Format):
         stored = packed.tensors["values"]
         if packed.attributes["values"] == "int8":
             return stored
-        return _split_halves(stored, _bits_set(packed.tensors["mask"]))
+        return split_halves(stored, _bits_set(packed.tensors["mask"]))
 
     def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:
         return weight if options.values not in LEVELS else self.pack(weight, options).unpack()
@@ -199,6 +199,13 @@ class Unstructured(Format):
             return self._from_codes(mask[part].contiguous(), codes, scales, packed.dtype, attributes, shape)
         tensors = {"mask": mask[part].contiguous(), "values": packed.tensors["values"][start:stop].clone()}
         return PackedWeight(self.name, shape, packed.dtype, tensors, attributes)
+
+    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+        # Two int4 values share a byte: a part that ends within one cannot be followed by another.
+        halves = parts[0].attributes.get("values") == "int4"
+        if halves and any(_bits_set(p.tensors["mask"]) % 2 for p in parts[:-1]):
+            return None
+        return super().join(parts)
 
     def _again(self, weight: torch.Tensor, attributes: Mapping[str, Any]) -> PackedWeight:
         return self.pack(weight, Options(values=attributes.get("values")))
@@ -277,18 +284,6 @@ def quantise_groups(weight: torch.Tensor, levels: int, group_size: int) -> tuple
         rounded = (parts / scale.clamp(min=1e-38)[..., None]).round_().clamp_(-levels, levels)
         codes[start : start + rows] = rounded.view(block.shape)[:, :k]
     return codes, scales
-
-
-def _join_halves(codes: torch.Tensor) -> torch.Tensor:
-    halves = torch.nn.functional.pad(codes, (0, codes.numel() % 2)).view(torch.uint8).view(-1, 2) & 15
-    return halves[:, 0] | (halves[:, 1] << 4)
-
-
-def _split_halves(stored: torch.Tensor, count: int) -> torch.Tensor:
-    if stored.numel() != (count + 1) // 2:
-        raise WeightError(f"mask has {count} bits set, which needs {(count + 1) // 2} bytes, not {stored.numel()}")
-    halves = torch.stack((stored & 15, stored >> 4), dim=1).view(-1)[:count].view(torch.int8)
-    return torch.where(halves > 7, halves - 16, halves)
 
 
 def _bits_set(mask: torch.Tensor) -> int:

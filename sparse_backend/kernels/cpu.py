@@ -167,6 +167,18 @@ def _register_fakes() -> None:
     ) -> torch.Tensor:
         return mask.new_empty((torch.library.get_ctx().new_dynamic_size(),))  # padding and escapes depend on data
 
+    @torch.library.register_fake("sparse_backend::bf16x12_lower")  # type: ignore[untyped-decorator]
+    def _lower12(low: torch.Tensor, high: torch.Tensor, exponents: torch.Tensor, escapes: torch.Tensor) -> torch.Tensor:
+        return low.new_empty((torch.library.get_ctx().new_dynamic_size(),))  # the list of escapes
+
+    @torch.library.register_fake("sparse_backend::join_halves")  # type: ignore[untyped-decorator]
+    def _join_halves(codes: torch.Tensor) -> torch.Tensor:
+        return codes.new_empty((codes.shape[0], (codes.shape[1] + 1) // 2), dtype=torch.uint8)
+
+    @torch.library.register_fake("sparse_backend::split_halves")  # type: ignore[untyped-decorator]
+    def _split_halves(halves: torch.Tensor, columns: int) -> torch.Tensor:
+        return halves.new_empty((halves.shape[0], columns), dtype=torch.int8)
+
     @torch.library.register_fake("sparse_backend::bf16x12_encode")  # type: ignore[untyped-decorator]
     def _encode12(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         escapes = torch.library.get_ctx().new_dynamic_size()

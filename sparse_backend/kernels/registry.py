@@ -1,20 +1,27 @@
-"""The capability table: which op runs which format where. Choosing always gives a reason."""
+"""The capability table: which op runs which format where. Choosing always gives a reason.
+
+A row also says how a packed weight becomes what its op reads, so a format on another device is one file with the
+kernels and one row here. CPU rows lower through the format, in C++. GPU rows name a module of `kernels/triton`,
+imported when it is first used: the package works where Triton is not installed.
+"""
 
 from __future__ import annotations
 
+import abc
 import dataclasses
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from ..errors import IsaError, OptionError
-from ..packed import MachineWeight
+from ..packed import MachineWeight, PackedWeight
 from . import cpu
 
 
 @dataclasses.dataclass(frozen=True)
-class Kernel:
+class Kernel(abc.ABC):
     """One row of the table.
 
     Attributes:
@@ -22,22 +29,36 @@ class Kernel:
         device: torch device type.
         op: name under torch.ops.sparse_backend; called as op(x, *tensors, bias, N).
         values: dtypes of stored values it takes.
-        implementation: the name of the code that would run for values of a dtype.
-        isas: levels it has code for; a level absent here uses the next lower one.
     """
 
     format: str
     device: str
     op: str
     values: tuple[torch.dtype, ...]
-    isas: tuple[str, ...]
-    implementation: Callable[[torch.dtype], str]
-    _resolved: list[Callable[..., Any]] = dataclasses.field(default_factory=list, repr=False, compare=False)
+    _resolved: list[Callable[..., Any]] = dataclasses.field(
+        default_factory=list, init=False, repr=False, compare=False, kw_only=True
+    )
+
+    @abc.abstractmethod
+    def load(self) -> Any:
+        """`torch.ops.sparse_backend`, with this row's op registered."""
+
+    @abc.abstractmethod
+    def lower(self, packed: PackedWeight, device: torch.device) -> MachineWeight:
+        """What the op reads, made from the canonical form, on `device`."""
+
+    @abc.abstractmethod
+    def implementation(self, values: torch.dtype) -> str:
+        """The name of the code that runs for values of a dtype."""
+
+    @abc.abstractmethod
+    def check_isa(self, isa: str | None) -> str:
+        """Why this row, in words; IsaError if the device lacks the level that is asked for."""
 
     def function(self) -> Callable[..., Any]:
-        """The torch op, with the library loaded."""
+        """The torch op, with its library loaded."""
         if not self._resolved:
-            self._resolved.append(getattr(cpu.ops(), self.op).default)
+            self._resolved.append(getattr(self.load(), self.op).default)
         return self._resolved[0]
 
     def call(
@@ -52,25 +73,108 @@ class Kernel:
         return self.call(x, tuple(weight.tensors.values()), bias, weight.shape[0])
 
 
+@dataclasses.dataclass(frozen=True)
+class CpuKernel(Kernel):
+    """A row of the C++ library.
+
+    Attributes:
+        code: the name of the code that would run for values of a dtype.
+        isas: levels it has code for; a level absent here uses the next lower one.
+    """
+
+    code: Callable[[torch.dtype], str]
+    isas: tuple[str, ...] = cpu.ISA_LEVELS
+
+    def load(self) -> Any:  # noqa: D102
+        return cpu.ops()
+
+    def lower(self, packed: PackedWeight, device: torch.device) -> MachineWeight:  # noqa: D102
+        from ..formats import get_format
+
+        return get_format(packed.format).lower(packed)
+
+    def implementation(self, values: torch.dtype) -> str:  # noqa: D102
+        return self.code(values)
+
+    def check_isa(self, isa: str | None) -> str:  # noqa: D102
+        if isa is None:
+            return "best level of this machine"
+        if isa not in cpu.available_levels():
+            raise IsaError(f"this machine has no level '{isa}'; it has {', '.join(cpu.available_levels())}")
+        return f"level {isa} asked for"
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonKernel(Kernel):
+    """A row of Triton kernels.
+
+    Attributes:
+        module: file of `kernels/triton` that registers the op and has `lower(packed, device)`.
+    """
+
+    module: str
+
+    def _module(self) -> Any:
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            raise IsaError(
+                f"{self.format} on {self.device} needs Triton 3.6 or later, which does not import here ({error}): "
+                "pip install triton"
+            ) from None
+        return importlib.import_module(f".triton.{self.module}", __package__)
+
+    def load(self) -> Any:  # noqa: D102
+        self._module()
+        return torch.ops.sparse_backend
+
+    def lower(self, packed: PackedWeight, device: torch.device) -> MachineWeight:  # noqa: D102
+        weight: MachineWeight = self._module().lower(packed, device)
+        return weight
+
+    def implementation(self, values: torch.dtype) -> str:  # noqa: D102
+        return f"triton.{self.module}"
+
+    def check_isa(self, isa: str | None) -> str:  # noqa: D102
+        if isa is not None:
+            raise IsaError(
+                f"level '{isa}' is one of CPUs; kernels on {self.device} are compiled for the GPU they run on"
+            )
+        return "compiled for this GPU"
+
+
 _HALVES = (torch.bfloat16, torch.float16)
 _FLOATS = (*_HALVES, torch.float32)
 
-KERNELS = (
-    Kernel("bitmask", "cpu", "bitmask_linear", _HALVES, cpu.ISA_LEVELS, cpu.bitmask_kernel),
-    Kernel("nm", "cpu", "bitmask_linear", _HALVES, cpu.ISA_LEVELS, cpu.bitmask_kernel),
-    Kernel("sell", "cpu", "sell_linear", _HALVES, cpu.ISA_LEVELS, cpu.sell_kernel),
-    Kernel("block", "cpu", "lanes_linear", _HALVES, cpu.ISA_LEVELS, cpu.lanes_kernel),
-    Kernel("bf16x12", "cpu", "lanes_linear", (torch.bfloat16,), cpu.ISA_LEVELS, cpu.lanes_kernel),
-    Kernel("int4", "cpu", "lanes_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lanes_kernel),
-    Kernel("ternary", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
-    Kernel("int8", "cpu", "lowbit_linear", _FLOATS, cpu.ISA_LEVELS, cpu.lowbit_kernel),
+KERNELS: tuple[Kernel, ...] = (
+    CpuKernel("bitmask", "cpu", "bitmask_linear", _HALVES, cpu.bitmask_kernel),
+    CpuKernel("nm", "cpu", "bitmask_linear", _HALVES, cpu.bitmask_kernel),
+    CpuKernel("sell", "cpu", "sell_linear", _HALVES, cpu.sell_kernel),
+    CpuKernel("block", "cpu", "lanes_linear", _HALVES, cpu.lanes_kernel),
+    CpuKernel("bf16x12", "cpu", "lanes_linear", (torch.bfloat16,), cpu.lanes_kernel),
+    CpuKernel("int4", "cpu", "lanes_linear", _FLOATS, cpu.lanes_kernel),
+    CpuKernel("ternary", "cpu", "lowbit_linear", _FLOATS, cpu.lowbit_kernel),
+    CpuKernel("int8", "cpu", "lowbit_linear", _FLOATS, cpu.lowbit_kernel),
+    TritonKernel("nm", "cuda", "nm_triton_linear", _HALVES, "nm"),
+    TritonKernel("sell", "cuda", "sell_triton_linear", _HALVES, "sell"),
+    TritonKernel("bitmask", "cuda", "sell_triton_linear", _HALVES, "sell"),
+    TritonKernel("ternary", "cuda", "ternary_triton_linear", _FLOATS, "ternary"),
 )
-_BY_FORMAT = {k.format: k for k in KERNELS}
+_ROWS = {(k.format, k.device): k for k in KERNELS}
 
 
-def kernel(format: str) -> Kernel:
-    """The row of a format."""
-    return _BY_FORMAT[format]
+def rows(device: str) -> tuple[Kernel, ...]:
+    """The rows of a torch device type."""
+    return tuple(k for k in KERNELS if k.device == device)
+
+
+def kernel(format: str, device: str = "cpu") -> Kernel:
+    """The row of a format on a torch device type; OptionError lists the rows there are."""
+    row = _ROWS.get((format, device))
+    if row is None:
+        have = ", ".join(f"{k.format} on {k.device}" for k in KERNELS)
+        raise OptionError(f"no kernel for format '{format}' on device '{device}'; there are: {have}")
+    return row
 
 
 def select(format: str, device: str, values: torch.dtype, isa: str | None = None) -> tuple[Kernel, str]:
@@ -80,20 +184,15 @@ def select(format: str, device: str, values: torch.dtype, isa: str | None = None
         format: name of the format.
         device: torch device type.
         values: dtype of the stored values.
-        isa: a level to insist on; None for the active one.
+        isa: a CPU level to insist on; None for the active one.
 
     Raises:
         OptionError: no row of the table fits.
-        IsaError: the machine lacks the level.
+        IsaError: the machine lacks the level, or Triton.
     """
-    row = _BY_FORMAT.get(format)
-    if row is None or row.device != device:
-        have = ", ".join(f"{k.format} on {k.device}" for k in KERNELS)
-        raise OptionError(f"no kernel for format '{format}' on device '{device}'; there are: {have}")
+    row = kernel(format, device)
     if values not in row.values:
         raise OptionError(f"no {format} kernel for values of {values}; there are: {', '.join(map(str, row.values))}")
-    if isa is not None and isa not in cpu.available_levels():
-        raise IsaError(f"this machine has no level '{isa}'; it has {', '.join(cpu.available_levels())}")
+    why = row.check_isa(isa)
     row.function()  # loaded now: torch.compile cannot trace loading a library
-    name = row.implementation(values)
-    return row, f"{row.op} ({name}): best level of this machine" if isa is None else f"{row.op} at {isa}: asked for"
+    return row, f"{row.op} ({row.implementation(values)}): {why}"

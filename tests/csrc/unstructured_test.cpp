@@ -29,10 +29,7 @@ namespace {
 // One implementation of one kind of values, with the float types of activations it takes.
 struct Implementation {
   std::string name;
-  uint64_t magic;
-  int rows_per_part;
-  un::WritePart write_part;
-  int scale_tile;
+  const un::Stream* stream;
   Values values;
   bool bf16_only;
   bool same_everywhere;  // results do not depend on the instruction set
@@ -102,14 +99,13 @@ Weight make_weight(const Implementation& impl, int64_t n, int64_t k, double zero
     canonical.values = impl.values;
     canonical.data = codes.data();
   }
-  const un::Settings settings{impl.values == Values::kBf16x12, group, integer ? activation_bits : 0,
-                              impl.scale_tile};
-  const un::Built built =
-      un::build(canonical, start.data(), settings, impl.magic, impl.rows_per_part, impl.write_part, kThreads);
+  const un::Settings settings{impl.values == Values::kBf16x12, group, integer ? activation_bits : 0};
+  const un::Built built = un::build(canonical, start.data(), settings, *impl.stream, {}, kThreads);
   const int64_t bytes = built.header.total_bytes;
   w.machine = allocate(bytes);
-  un::write(built, scales.data(), w.machine.get(), kThreads);
-  if (const char* problem = un::parse(w.machine.get(), bytes, impl.magic, impl.rows_per_part, &w.view)) {
+  un::write(built, canonical, start.data(), scales.data(), w.machine.get(), kThreads);
+  if (const char* problem =
+          un::parse(w.machine.get(), bytes, impl.stream->magic, impl.stream->rows_per_part, &w.view)) {
     fail(problem, "parse", n, k, 0);
   }
   return w;
@@ -193,8 +189,8 @@ void check_hostile_headers(const Implementation& impl, const Weight& w, std::mt1
     std::memcpy(copy.get(), w.machine.get(), bytes);
     copy.get()[rng() % sizeof(un::Header)] ^= static_cast<uint8_t>(1U << (rng() % 8));
     un::View view;
-    un::parse(copy.get(), i % 7 == 0 ? static_cast<int64_t>(rng() % bytes) : bytes, impl.magic,
-              impl.rows_per_part, &view);
+    un::parse(copy.get(), i % 7 == 0 ? static_cast<int64_t>(rng() % bytes) : bytes, impl.stream->magic,
+              impl.stream->rows_per_part, &view);
   }
 }
 
@@ -211,10 +207,7 @@ std::vector<Implementation> implementations() {
     const std::string kind = " values " + std::to_string(static_cast<int>(v));
     const auto bitmask = [&](const bm::Kernels& kernels, bool bf16_only = false) {
       list.push_back({std::string("bitmask ") + kernels.name + kind,
-                      bm::kMagic,
-                      bm::kPanelRows,
-                      bm::write_panel,
-                      0,
+                      &bm::kStream,
                       v,
                       bf16_only,
                       false,
@@ -224,10 +217,7 @@ std::vector<Implementation> implementations() {
     };
     const auto slices = [&](const sell::Kernels& kernels) {
       list.push_back({std::string("sell ") + kernels.name + kind,
-                      sell::kMagic,
-                      sell::kStripRows,
-                      sell::write_strip,
-                      0,
+                      &sell::kStream,
                       v,
                       false,
                       true,
@@ -237,10 +227,7 @@ std::vector<Implementation> implementations() {
     };
     const auto blocks = [&](const lanes::Kernels& kernels, bool bf16_only = false) {
       list.push_back({std::string("lanes ") + kernels.name + kind,
-                      lanes::kMagic,
-                      lanes::kStripRows,
-                      lanes::write_strip,
-                      lanes::kStripRows,
+                      &lanes::kStream,
                       v,
                       bf16_only,
                       false,

@@ -100,6 +100,8 @@ def test_integer_values_are_said_to_round(eager):
 def test_compiled_checkpoint_equals_conversion_at_load(eager):
     assert eager["compiled"]["tokens"] == eager["flag"]["tokens"]
     assert eager["compiled"]["logprobs"] == eager["flag"]["logprobs"]
+    layers = next(line for line in summaries(eager["compiled"]["log"]) if "compiled weights as stored" in line)
+    assert not layers.startswith("0 ")
 
 
 def test_pruning_at_load_equals_compiling(eager):

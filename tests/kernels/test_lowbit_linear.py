@@ -186,7 +186,8 @@ def test_a_given_absmax_makes_parts_of_a_token_round_alike(isa):
         machine = sb.pack(codes[:, half].contiguous(), "ternary", activations="int8").lower()
         tensors = machine.tensors.values()
         parts.append(cpu.ops().lowbit_linear(x[:, half].contiguous(), *tensors, None, 32, absmax))
-    assert torch.allclose(parts[0] + parts[1], whole, rtol=1e-6, atol=1e-6)
+    # Each part is rounded to float32 once: 16 at most cancel here.
+    assert torch.allclose(parts[0] + parts[1], whole, rtol=1e-6, atol=1e-5)
 
 
 def test_keep_loses_no_more_than_float32_sums_with_an_outlier_in_the_token():

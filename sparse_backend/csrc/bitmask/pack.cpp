@@ -1,5 +1,6 @@
 #include "pack.h"
 
+#include <array>
 #include <atomic>
 #include <cstring>
 
@@ -10,6 +11,31 @@ namespace sparse_backend::bitmask {
 namespace {
 
 constexpr int64_t kRowsPerTask = 64;
+
+// For a byte of the mask: which of the next values each column takes, and whether it takes any.
+struct ByteOrder {
+  uint8_t source[8];
+  uint8_t count;
+  uint16_t keep[8];
+};
+
+std::array<ByteOrder, 256> byte_orders() {
+  std::array<ByteOrder, 256> orders{};
+  for (int byte = 0; byte < 256; ++byte) {
+    ByteOrder& order = orders[byte];
+    for (int i = 0; i < 8; ++i) {
+      const bool stored = ((byte >> i) & 1) != 0;
+      order.source[i] = order.count;
+      order.keep[i] = stored ? 0xFFFF : 0;
+      order.count = static_cast<uint8_t>(order.count + stored);
+    }
+    // A column without a value may not read past the eight that are known to exist.
+    for (auto& source : order.source) source = source > 7 ? uint8_t{7} : source;
+  }
+  return orders;
+}
+
+const std::array<ByteOrder, 256> kOrders = byte_orders();
 
 }  // namespace
 
@@ -64,12 +90,22 @@ void pack_values(const uint16_t* dense, int64_t rows, int64_t columns, const int
 void unpack(const Canonical& weight, const int64_t* row_start, uint16_t* dense, const ThreadPool& pool) {
   const int64_t columns = weight.in_features, stride = mask_stride(columns);
   const auto* stored_values = static_cast<const uint16_t*>(weight.data);
+  const uint16_t* end_of_values = stored_values + weight.nnz;
   parallel_ranges(pool, weight.out_features, kRowsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; ++n) {
       const uint8_t* mask = weight.mask + n * stride;
       const uint16_t* values = stored_values + row_start[n];
       uint16_t* row = dense + n * columns;
-      for (int64_t k = 0; k < columns; ++k) {
+      int64_t k = 0;
+      for (; k + 8 <= columns; k += 8) {
+        const ByteOrder& order = kOrders[mask[k / 8]];
+        // Reading past a row's values is reading the next row's; the last rows are done below.
+        if (values + 8 > end_of_values) break;
+        for (int i = 0; i < 8; ++i)
+          row[k + i] = static_cast<uint16_t>(values[order.source[i]] & order.keep[i]);
+        values += order.count;
+      }
+      for (; k < columns; ++k) {
         const bool stored = (mask[k / 8] >> (k % 8)) & 1U;
         row[k] = stored ? *values : uint16_t{0};
         values += stored;
@@ -78,34 +114,59 @@ void unpack(const Canonical& weight, const int64_t* row_start, uint16_t* dense, 
   });
 }
 
-int64_t write_panel(const Canonical& weight, const int64_t* row_start, const Encoding& encoding,
-                    int64_t panel, std::vector<uint8_t>* out) {
-  const int64_t rows = weight.out_features, chunks = (weight.in_features + kChunk - 1) / kChunk;
-  int64_t at[kPanelRows] = {};
-  int64_t nnz = 0;
-  for (int r = 0; r < kPanelRows; ++r) {
-    const int64_t n = panel * kPanelRows + r;
-    if (n >= rows) continue;
-    at[r] = row_start[n];
-    nnz += row_start[n + 1] - row_start[n];
+namespace {
+
+// Rows of a panel that exist.
+int panel_rows(const Canonical& weight, int64_t panel) {
+  const int64_t rest = weight.out_features - panel * kPanelRows;
+  return static_cast<int>(rest < kPanelRows ? rest : kPanelRows);
+}
+
+unstructured::Part panel_size(const Canonical& weight, const int64_t* row_start, const Encoding& encoding,
+                              int64_t panel) {
+  const int rows = panel_rows(weight, panel);
+  const int64_t chunks = (weight.in_features + kChunk - 1) / kChunk, first = panel * kPanelRows;
+  const int64_t stored = row_start[first + rows] - row_start[first];
+  int64_t bytes = chunks * kPanelRows * 8;
+  if (encoding.values != unstructured::Values::kBf16x12 && encoding.values != unstructured::Values::kInt4) {
+    return {bytes + unstructured::run_bytes(encoding.values, stored), stored};
   }
-  out->reserve(chunks * (kPanelRows * 8 + 1) + unstructured::run_bytes(encoding.values, nnz));
+  for (int64_t c = 0; c < chunks; ++c) {  // a run with an odd count rounds up
+    int64_t count = 0;
+    for (int r = 0; r < rows; ++r) {
+      count += __builtin_popcountll(unstructured::mask_bits(weight, first + r, c * kChunk));
+    }
+    bytes += unstructured::run_bytes(encoding.values, count);
+  }
+  return {bytes, stored};
+}
+
+void write_panel(const Canonical& weight, const int64_t* row_start, const Encoding& encoding, int64_t panel,
+                 uint8_t* out) {
+  const int rows = panel_rows(weight, panel);
+  const int64_t chunks = (weight.in_features + kChunk - 1) / kChunk, first = panel * kPanelRows;
+  int64_t at[kPanelRows] = {};
+  for (int r = 0; r < rows; ++r) at[r] = row_start[first + r];
   uint16_t words[kPanelRows * kChunk];
   for (int64_t c = 0; c < chunks; ++c) {
     uint64_t masks[kPanelRows] = {};
     int64_t count = 0;
-    for (int r = 0; r < kPanelRows; ++r) {
-      const int64_t n = panel * kPanelRows + r;
-      if (n < rows) masks[r] = unstructured::mask_bits(weight, n, c * kChunk);
+    for (int r = 0; r < rows; ++r) {
+      masks[r] = unstructured::mask_bits(weight, first + r, c * kChunk);
       const int stored = __builtin_popcountll(masks[r]);
-      for (int i = 0; i < stored; ++i) words[count++] = weight.word(at[r]++);
+      weight.words(at[r], stored, words + count);
+      count += stored;
+      at[r] += stored;
     }
-    const auto* bytes = reinterpret_cast<const uint8_t*>(masks);
-    out->insert(out->end(), bytes, bytes + sizeof(masks));
-    encoding.append(words, count, out);
+    std::memcpy(out, masks, sizeof(masks));
+    encoding.write(words, count, out + sizeof(masks));
+    out += sizeof(masks) + unstructured::run_bytes(encoding.values, count);
   }
-  return nnz;
 }
+
+}  // namespace
+
+const unstructured::Stream kStream{kMagic, kPanelRows, 0, panel_size, write_panel};
 
 int64_t count_nonzero(const uint16_t* values, int64_t count, const ThreadPool& pool) {
   constexpr int64_t kBlock = 16384;  // fits a 16-bit counter, which vectors count in

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "../unstructured/pack.h"
 
@@ -24,9 +23,7 @@ void pack_values(const uint16_t* dense, int64_t rows, int64_t columns, const int
 // Writes the dense weight [N, K] of 16-bit values; `row_start` from unstructured::row_starts.
 void unpack(const Canonical& weight, const int64_t* row_start, uint16_t* dense, const ThreadPool& pool);
 
-// The WritePart of this format's stream.
-int64_t write_panel(const Canonical& weight, const int64_t* row_start, const Encoding& encoding,
-                    int64_t panel, std::vector<uint8_t>* out);
+extern const unstructured::Stream kStream;
 
 // How many of `count` 16-bit floats are neither +0 nor -0.
 int64_t count_nonzero(const uint16_t* values, int64_t count, const ThreadPool& pool);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cstring>
 #include <numeric>
 
 #include "../parallel.h"
@@ -31,6 +32,8 @@ int64_t encode_bf16x12(const uint16_t* weight, int64_t n, int64_t k, uint8_t* lo
   int order[256];
   std::iota(order, order + 256, 0);
   std::stable_sort(order, order + 256, [&](int a, int b) { return total[a] > total[b]; });
+  // In the order of the exponents, so that weights with the same ones have the same codes.
+  std::sort(order, order + kEscapeCode);
   uint8_t code_of[256];
   std::fill(code_of, code_of + 256, static_cast<uint8_t>(kEscapeCode));
   for (int code = 0; code < kEscapeCode; ++code) {
@@ -71,17 +74,20 @@ int64_t encode_bf16x12(const uint16_t* weight, int64_t n, int64_t k, uint8_t* lo
 void decode_bf16x12(const uint8_t* low, const uint8_t* high, const ExponentTable& exponents, int64_t n,
                     int64_t k, uint16_t* weight, const ThreadPool& pool) {
   const int64_t stride = (k + 1) / 2;
-  uint16_t shifted[unstructured::kExponentCodes];
-  for (int i = 0; i < unstructured::kExponentCodes; ++i) {
-    shifted[i] = static_cast<uint16_t>(exponents.exponent[i] << 7);
+  // The exponents of a byte's two codes, in their places of two words.
+  std::vector<uint32_t> pairs(256);
+  for (int byte = 0; byte < 256; ++byte) {
+    pairs[byte] = static_cast<uint32_t>(exponents.exponent[byte & 15]) << 7 |
+                  static_cast<uint32_t>(exponents.exponent[byte >> 4]) << 23;
   }
   parallel_ranges(pool, n, kRowsPerTask, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) {
       const uint8_t *in = low + row * k, *halves = high + row * stride;
       uint16_t* out = weight + row * k;
+      for (int64_t i = 0; i < k / 2; ++i) std::memcpy(out + 2 * i, &pairs[halves[i]], 4);
+      if (k % 2 != 0) out[k - 1] = static_cast<uint16_t>(pairs[halves[k / 2]]);
       for (int64_t i = 0; i < k; ++i) {
-        const int code = (halves[i / 2] >> (4 * (i & 1))) & 15;
-        out[i] = static_cast<uint16_t>(shifted[code] | in[i] >> 1 | (in[i] & 1) << 15);
+        out[i] = static_cast<uint16_t>(out[i] | in[i] >> 1 | (in[i] & 1) << 15);
       }
     }
   });

@@ -1,23 +1,59 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <functional>
 #include <numeric>
 
 namespace sparse_backend::sell {
 
-int64_t write_strip(const unstructured::Canonical& weight, const int64_t* row_start,
-                    const unstructured::Encoding& encoding, int64_t strip, std::vector<uint8_t>* out) {
-  const int64_t first_row = strip * kStripRows;
-  const int rows = static_cast<int>(std::min<int64_t>(kStripRows, weight.out_features - first_row));
-  const int64_t blocks = (weight.in_features + kBlockColumns - 1) / kBlockColumns;
+using unstructured::Values;
+
+namespace {
+
+int strip_rows(const unstructured::Canonical& weight, int64_t strip) {
+  return static_cast<int>(std::min<int64_t>(kStripRows, weight.out_features - strip * kStripRows));
+}
+
+int64_t block_count(const unstructured::Canonical& weight) {
+  return (weight.in_features + kBlockColumns - 1) / kBlockColumns;
+}
+
+int64_t block_bytes(Values values, int64_t steps, int64_t entries) {
+  const int64_t after_header = steps + steps % 2 + entries + unstructured::run_bytes(values, entries);
+  return int64_t{sizeof(BlockHeader)} + after_header + after_header % 2;
+}
+
+unstructured::Part strip_size(const unstructured::Canonical& weight, const int64_t* /*row_start*/,
+                              const unstructured::Encoding& encoding, int64_t strip) {
+  const int rows = strip_rows(weight, strip);
+  unstructured::Part part{};
+  for (int64_t b = 0; b < block_count(weight); ++b) {
+    int steps_of[kStripRows] = {};
+    int64_t entries = 0, steps = 0;
+    for (int r = 0; r < rows; ++r) {
+      const int64_t row = strip * kStripRows + r, column = b * kBlockColumns;
+      const int count = __builtin_popcountll(unstructured::mask_bits(weight, row, column)) +
+                        __builtin_popcountll(unstructured::mask_bits(weight, row, column + 64));
+      steps_of[r] = (count + 1) / 2;
+      entries += 2 * steps_of[r];
+    }
+    std::sort(steps_of, steps_of + kStripRows, std::greater<int>());
+    for (int s = 0; s < kSlices; ++s) steps += steps_of[s * kSliceRows];
+    part.bytes += block_bytes(encoding.values, steps, entries);
+    part.stored += entries;
+  }
+  return part;
+}
+
+void write_strip(const unstructured::Canonical& weight, const int64_t* row_start,
+                 const unstructured::Encoding& encoding, int64_t strip, uint8_t* out) {
+  const int64_t first_row = strip * kStripRows, blocks = block_count(weight);
+  const int rows = strip_rows(weight, strip);
   int64_t at[kStripRows] = {};
   for (int r = 0; r < rows; ++r) at[r] = row_start[first_row + r];
-  const int64_t nnz = row_start[first_row + rows] - row_start[first_row];
-  out->reserve(blocks * 96 + nnz + unstructured::run_bytes(encoding.values, nnz) + nnz / 4);
 
   std::vector<uint8_t> columns(kMostEntries), active;
   std::vector<uint16_t> words(kMostEntries);
-  int64_t stored = 0;
   for (int64_t b = 0; b < blocks; ++b) {
     uint8_t column[kStripRows][kBlockColumns];
     int count[kStripRows] = {}, order[kStripRows];
@@ -57,16 +93,20 @@ int64_t write_strip(const unstructured::Canonical& weight, const int64_t* row_st
     for (int r = 0; r < rows; ++r) at[r] += count[r];
     header.entries = static_cast<uint16_t>(entries);
     header.all_steps = static_cast<uint16_t>(active.size());
-    const auto* bytes = reinterpret_cast<const uint8_t*>(&header);
-    out->insert(out->end(), bytes, bytes + sizeof(header));
+    uint8_t* to = out;
+    std::memcpy(to, &header, sizeof(header));
     active.resize(active.size() + active.size() % 2);
-    out->insert(out->end(), active.begin(), active.end());
-    out->insert(out->end(), columns.begin(), columns.begin() + entries);
-    encoding.append(words.data(), entries, out);
-    out->resize(out->size() + out->size() % 2);
-    stored += entries;
+    to = std::copy(active.begin(), active.end(), to + sizeof(header));
+    to = std::copy(columns.begin(), columns.begin() + entries, to);
+    encoding.write(words.data(), entries, to);
+    to += unstructured::run_bytes(encoding.values, entries);
+    if ((to - out) % 2 != 0) *to++ = 0;
+    out = to;
   }
-  return stored;
 }
+
+}  // namespace
+
+const unstructured::Stream kStream{kMagic, kStripRows, 0, strip_size, write_strip};
 
 }  // namespace sparse_backend::sell

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <atomic>
 #include <numeric>
+#include <utility>
 
 #include "../parallel.h"
 
@@ -10,68 +11,109 @@ namespace sparse_backend::unstructured {
 namespace {
 
 constexpr int64_t kRowsPerTask = 64;
+constexpr int64_t kSampledTasks = 8;
 
 int exponent_of(uint16_t bf16) { return (bf16 >> 7) & 0xFF; }
 
-// The exponents' frequencies decide the codes; the rest become escapes.
-void code_exponents(const Canonical& weight, const int64_t* row_start, Encoding* encoding,
+// The values of row n whose exponents have no code.
+void find_escapes(const Canonical& weight, const uint16_t* words, const int64_t* row_start,
+                  const Encoding& encoding, int64_t n, std::vector<Escape>* found) {
+  int64_t i = row_start[n];
+  for (int64_t first = 0; first < weight.in_features; first += 64) {
+    uint64_t bits = mask_bits(weight, n, first);
+    // Rare, so most words of the mask are only counted.
+    const int64_t next = i + __builtin_popcountll(bits);
+    uint8_t codes[64];
+    const bool any = encoding.find_codes(words + i, next - i, codes);
+    for (; any && bits != 0; bits &= bits - 1, ++i) {
+      if (encoding.code_of[exponent_of(words[i])] != kEscapeCode) continue;
+      found->push_back({static_cast<uint32_t>(first + __builtin_ctzll(bits)), words[i], 0});
+    }
+    i = next;
+  }
+}
+
+// Gives codes to the 15 most frequent exponents of the rows that are looked at, every `step`-th task of
+// them, and lists the values without one. False if these are more than 1 in 1000.
+bool code_exponents(const Canonical& weight, const int64_t* row_start, int64_t step, Encoding* encoding,
                     const ThreadPool& pool) {
+  const auto* words = static_cast<const uint16_t*>(weight.data);
+  const int64_t rows = weight.out_features, tasks = (rows + kRowsPerTask - 1) / kRowsPerTask;
   std::vector<std::atomic<int64_t>> total(256);
-  parallel_ranges(pool, weight.out_features, kRowsPerTask, [&](int64_t begin, int64_t end) {
-    int64_t counts[256] = {};
-    for (int64_t i = row_start[begin]; i < row_start[end]; ++i) ++counts[exponent_of(weight.word(i))];
-    for (int e = 0; e < 256; ++e) total[e] += counts[e];
+  parallel_ranges(pool, (tasks + step - 1) / step, 1, [&](int64_t first, int64_t last) {
+    int64_t counts[4][256] = {};  // four, so that equal neighbours do not wait for each other
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t begin = task * step * kRowsPerTask, end = std::min(rows, begin + kRowsPerTask);
+      for (int64_t i = row_start[begin]; i < row_start[end]; ++i) ++counts[i % 4][exponent_of(words[i])];
+    }
+    for (int e = 0; e < 256; ++e) total[e] += counts[0][e] + counts[1][e] + counts[2][e] + counts[3][e];
   });
   int order[256];
   std::iota(order, order + 256, 0);
   std::stable_sort(order, order + 256, [&](int a, int b) { return total[a] > total[b]; });
+  std::sort(order, order + kEscapeCode);  // nearly always neighbours: a code is then a difference
+  encoding->first_exponent = order[kEscapeCode - 1] - order[0] == kEscapeCode - 1 ? order[0] : -1;
   std::fill(encoding->code_of, encoding->code_of + 256, static_cast<uint8_t>(kEscapeCode));
-  int64_t coded = 0;
   for (int code = 0; code < kEscapeCode; ++code) {
     encoding->exponents.exponent[code] = static_cast<uint8_t>(order[code]);
     encoding->code_of[order[code]] = static_cast<uint8_t>(code);
-    coded += total[order[code]];
   }
   encoding->exponents.exponent[kEscapeCode] = 0;
-  const int64_t escapes = weight.nnz - coded;
-  if (escapes * 1000 > weight.nnz || escapes >= int64_t{1} << 32) return;
-  encoding->values = Values::kBf16x12;
-  if (escapes == 0) return;
 
-  encoding->escape_start.assign(weight.out_features + 1, 0);
-  for (int64_t n = 0; n < weight.out_features; ++n) {
-    int64_t i = row_start[n];
-    for (int64_t first = 0; first < weight.in_features; first += 64) {
-      uint64_t bits = mask_bits(weight, n, first);
-      // Rare, so most words of the mask are only counted.
-      const int64_t next = i + __builtin_popcountll(bits);
-      bool any = false;
-      for (int64_t j = i; j < next; ++j) any |= encoding->code_of[exponent_of(weight.word(j))] == kEscapeCode;
-      for (; any && bits != 0; bits &= bits - 1, ++i) {
-        const uint16_t word = weight.word(i);
-        if (encoding->code_of[exponent_of(word)] != kEscapeCode) continue;
-        encoding->escapes.push_back({static_cast<uint32_t>(first + __builtin_ctzll(bits)), word, 0});
-      }
-      i = next;
+  std::vector<std::vector<Escape>> found(rows);
+  std::atomic<int64_t> room{std::min(weight.nnz / 1000, (int64_t{1} << 32) - 1)};
+  parallel_ranges(pool, rows, kRowsPerTask, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end && room >= 0; ++n) {
+      find_escapes(weight, words, row_start, *encoding, n, &found[n]);
+      room -= static_cast<int64_t>(found[n].size());
     }
+  });
+  if (room < 0) return false;
+  encoding->values = Values::kBf16x12;
+  encoding->escape_start.assign(rows + 1, 0);
+  for (int64_t n = 0; n < rows; ++n) {
+    encoding->escapes.insert(encoding->escapes.end(), found[n].begin(), found[n].end());
     encoding->escape_start[n + 1] = static_cast<uint32_t>(encoding->escapes.size());
+  }
+  return true;
+}
+
+// n low bytes, then the codes in halves of bytes. Escapes are rare: they are looked for once per piece.
+void write_coded(const Encoding& encoding, const uint16_t* words, int64_t n, uint8_t* run) {
+  constexpr int64_t kPiece = 256;
+  for (int64_t first = 0; first < n; first += kPiece) {
+    const int64_t count = n - first < kPiece ? n - first : kPiece;
+    const uint16_t* in = words + first;
+    uint8_t *low = run + first, *high = run + n + first / 2;
+    uint8_t codes[kPiece + 1];
+    const bool any = encoding.find_codes(in, count, codes);
+    codes[count] = 0;
+    for (int64_t i = 0; i < count; ++i) low[i] = static_cast<uint8_t>(in[i] << 1 | in[i] >> 15);
+    for (int64_t i = 0; any && i < count; ++i) low[i] = codes[i] == kEscapeCode ? uint8_t{0} : low[i];
+    for (int64_t i = 0; i < (count + 1) / 2; ++i) {
+      high[i] = static_cast<uint8_t>(codes[2 * i] | codes[2 * i + 1] << 4);
+    }
   }
 }
 
 }  // namespace
 
-uint64_t mask_bits(const Canonical& weight, int64_t row, int64_t first) {
-  const int64_t stride = mask_stride(weight.in_features);
-  const int64_t bytes = std::min<int64_t>(8, stride - first / 8);
-  uint64_t bits = 0;
-  if (bytes > 0) std::memcpy(&bits, weight.mask + row * stride + first / 8, bytes);
-  return bits;
+bool Encoding::find_codes(const uint16_t* words, int64_t n, uint8_t* codes) const {
+  uint8_t largest = 0;
+  if (first_exponent >= 0) {
+    const auto first = static_cast<uint8_t>(first_exponent);
+    for (int64_t i = 0; i < n; ++i) {
+      const auto code = static_cast<uint8_t>(static_cast<uint8_t>(words[i] >> 7) - first);
+      codes[i] = code < kEscapeCode ? code : uint8_t{kEscapeCode};
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) codes[i] = code_of[exponent_of(words[i])];
+  }
+  for (int64_t i = 0; i < n; ++i) largest = codes[i] > largest ? codes[i] : largest;
+  return largest == kEscapeCode;
 }
 
-void Encoding::append(const uint16_t* words, int64_t n, std::vector<uint8_t>* out) const {
-  const size_t at = out->size();
-  out->resize(at + run_bytes(values, n));
-  uint8_t* run = out->data() + at;
+void Encoding::write(const uint16_t* words, int64_t n, uint8_t* run) const {
   switch (values) {
     case Values::kBf16:
     case Values::kFp16:
@@ -86,14 +128,7 @@ void Encoding::append(const uint16_t* words, int64_t n, std::vector<uint8_t>* ou
       }
       return;
     case Values::kBf16x12:
-      for (int64_t i = 0; i < n; ++i) {
-        const uint8_t code = code_of[exponent_of(words[i])];
-        const bool escape = code == kEscapeCode;
-        const auto low = static_cast<uint8_t>((words[i] & 0x7FU) << 1 | words[i] >> 15);
-        run[i] = escape ? uint8_t{0} : low;
-        uint8_t& both = run[n + i / 2];
-        both = static_cast<uint8_t>((i & 1) != 0 ? both | code << 4 : code);
-      }
+      write_coded(*this, words, n, run);
       return;
   }
 }
@@ -121,24 +156,31 @@ bool row_starts(const uint8_t* mask, int64_t rows, int64_t columns, int64_t* row
   return clean;
 }
 
-Built build(const Canonical& weight, const int64_t* row_start, const Settings& settings, uint64_t magic,
-            int64_t rows_per_part, WritePart write_part, const ThreadPool& pool) {
-  Built built{};
+Built build(const Canonical& weight, const int64_t* row_start, const Settings& settings, const Stream& stream,
+            Encoding encoding, const ThreadPool& pool) {
+  Built built{{}, stream, std::move(encoding), {}};
   built.encoding.values = weight.values;
   if (settings.coded && weight.values == Values::kBf16) {
-    code_exponents(weight, row_start, &built.encoding, pool);
+    const auto code = [&](int64_t step) {
+      return code_exponents(weight, row_start, step, &built.encoding, pool);
+    };
+    // A few rows nearly always tell what all of them have.
+    if (!code(kSampledTasks)) code(1);
   }
-  built.scale_tile = settings.scale_tile > 0 ? settings.scale_tile : weight.out_features;
-  const int64_t parts = (weight.out_features + rows_per_part - 1) / rows_per_part;
-  built.parts.resize(parts);
+  const int64_t parts = (weight.out_features + stream.rows_per_part - 1) / stream.rows_per_part;
+  built.offsets.assign(parts + 1, 0);
   std::atomic<int64_t> stored{0};
-  parallel_ranges(pool, parts, kRowsPerTask / rows_per_part + 1, [&](int64_t begin, int64_t end) {
+  const int64_t parts_per_task = kRowsPerTask / stream.rows_per_part + 1;
+  parallel_ranges(pool, parts, parts_per_task, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      stored += write_part(weight, row_start, built.encoding, p, &built.parts[p]);
+      const Part part = stream.size(weight, row_start, built.encoding, p);
+      built.offsets[p + 1] = static_cast<uint64_t>(part.bytes);
+      stored += part.stored;
     }
   });
+  for (int64_t p = 0; p < parts; ++p) built.offsets[p + 1] += built.offsets[p];
   Header& h = built.header;
-  h.magic = magic;
+  h.magic = stream.magic;
   h.values = built.encoding.values;
   h.group_size = settings.group_size;
   h.activation_bits = settings.activation_bits;
@@ -148,22 +190,21 @@ Built build(const Canonical& weight, const int64_t* row_start, const Settings& s
   h.parts = parts;
   h.escapes = static_cast<int64_t>(built.encoding.escapes.size());
   h.exponents = built.encoding.exponents;
-  int64_t stream_bytes = 0;
-  for (const auto& part : built.parts) stream_bytes += static_cast<int64_t>(part.size());
-  lay_out(&h, stream_bytes);
+  lay_out(&h, static_cast<int64_t>(built.offsets[parts]));
   return built;
 }
 
-void write(const Built& built, const float* scales, uint8_t* buffer, const ThreadPool& pool) {
+void write(const Built& built, const Canonical& weight, const int64_t* row_start, const float* scales,
+           uint8_t* buffer, const ThreadPool& pool) {
   const Header& h = built.header;
+  const Stream& stream = built.stream;
   std::memset(buffer, 0, h.stream_offset);
   std::memset(buffer + h.total_bytes - kTailPadding, 0, kTailPadding);
   std::memcpy(buffer, &h, sizeof(h));
-  auto* offsets = reinterpret_cast<uint64_t*>(buffer + sizeof(h));
-  for (int64_t p = 0; p < h.parts; ++p) offsets[p + 1] = offsets[p] + built.parts[p].size();
+  std::memcpy(buffer + sizeof(h), built.offsets.data(), built.offsets.size() * 8);
   // Transposed: the kernels scale many rows by one group at a time.
   auto* transposed = reinterpret_cast<float*>(buffer + h.scales_offset);
-  const int64_t groups = scale_groups(h), tile = built.scale_tile;
+  const int64_t groups = scale_groups(h), tile = stream.scale_tile > 0 ? stream.scale_tile : h.out_features;
   for (int64_t n = 0; n < h.out_features; ++n) {
     float* out = transposed + n / tile * tile * groups + n % tile;
     for (int64_t g = 0; g < groups; ++g) out[g * tile] = scales[n * groups + g];
@@ -175,10 +216,9 @@ void write(const Built& built, const float* scales, uint8_t* buffer, const Threa
     std::memcpy(section + round_up((h.out_features + 1) * 4, 8), e.escapes.data(),
                 e.escapes.size() * sizeof(Escape));
   }
-  parallel_ranges(pool, h.parts, 4, [&](int64_t begin, int64_t end) {
+  parallel_ranges(pool, h.parts, kRowsPerTask / stream.rows_per_part + 1, [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
-      const auto& part = built.parts[p];
-      if (!part.empty()) std::memcpy(buffer + h.stream_offset + offsets[p], part.data(), part.size());
+      stream.write(weight, row_start, built.encoding, p, buffer + h.stream_offset + built.offsets[p]);
     }
   });
 }

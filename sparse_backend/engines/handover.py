@@ -1,0 +1,90 @@
+"""Compiled weights that reach an engine's layer as they are stored.
+
+An engine's loader gets one tensor per HF module and renames, cuts and merges it with its own code. From a
+compiled checkpoint that tensor is a `PackedTensor`: it says its shape and dtype, and only becomes dense if
+somebody looks at it. Where all parts of a layer arrive untouched, their canonical forms are joined and
+lowered; where an engine cuts them (tensor parallelism) or changes them, it works on dense weights as ever.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from ..compiler import plan
+from ..formats import get_format
+from ..options import Options
+from ..packed import PackedWeight
+
+
+class PackedTensor(torch.Tensor):
+    """The dense weight [N, K] of one compiled module, made when an operation needs it.
+
+    Attributes:
+        module: HF name.
+        packed: the canonical form.
+    """
+
+    module: str
+    packed: PackedWeight
+    _unpack: Callable[[], torch.Tensor]
+
+    @staticmethod
+    def __new__(cls, module: str, packed: PackedWeight, unpack: Callable[[], torch.Tensor]) -> PackedTensor:
+        """`unpack` makes the dense weight, with errors that name the file."""
+        made = torch.Tensor._make_wrapper_subclass(cls, packed.shape, dtype=packed.dtype, device=torch.device("cpu"))
+        made.module, made.packed, made._unpack = module, packed, unpack
+        result: PackedTensor = made
+        return result
+
+    def dense(self) -> torch.Tensor:
+        """The weight as an ordinary tensor, made anew by every call."""
+        return self._unpack()
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        """Without the contents."""
+        return f"PackedTensor({self.module}, {self.packed.format}, {tuple(self.shape)})"
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Any operation runs on the dense weight."""
+        args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def join(
+    tensors: Sequence[PackedTensor],
+    parts: Sequence[tuple[str, int]],
+    in_features: int,
+    dtype: torch.dtype,
+    options: Options,
+) -> PackedWeight | None:
+    """What a layer of `parts` holds, if `tensors` are these parts and whole; else None.
+
+    Args:
+        tensors: what arrived at the layer.
+        parts: (HF module, output features) in the layer's order, as on this rank.
+        in_features: of the layer, on this rank.
+        dtype: the engine's.
+        options: of the layer; a format that it names and `activations` are obeyed.
+    """
+    by_name = {t.module: t.packed for t in tensors}
+    if len(by_name) != len(tensors) or set(by_name) != {name for name, _ in parts}:
+        return None
+    packed = [by_name[name] for name, _ in parts]
+    form = packed[0].format
+    if any(p.format != form or p.shape != (n, in_features) for p, (_, n) in zip(packed, parts, strict=True)):
+        return None
+    # Ternary kernels take scales that are finer than the engine's dtype.
+    if options.format not in ("auto", form) or not (packed[0].dtype == dtype or form == "ternary"):
+        return None
+    joined = get_format(form).join(packed)
+    if joined is None:
+        return None
+    if options.activations is not None and "activations" in joined.attributes:
+        joined = dataclasses.replace(joined, attributes={**joined.attributes, "activations": options.activations})
+    return plan.reconsider(joined, options)

@@ -1,0 +1,256 @@
+"""N:M weights on GPUs: N of every 16 columns (8:16, 6:16, 4:16; 2:4 and 4:8 are 8:16), values of 2 or 1 bytes.
+
+Machine form: a thread owns a row and reads its values a *chunk* of 16 bytes at a time: `slots` = 8 bf16 or fp16
+values, or 16 of int8 (8 of 6:16), and for each of them the position in its group of 16 columns, 4 bits. A
+*supergroup* is the fewest groups whose values fill whole chunks: groups S, chunks C, with S * N = C * slots (8:16 in
+bf16: 1 and 1; 6:16: 4 and 3). Rows are in tiles of 64, so that the threads of a warp read neighbouring memory and
+gather x from the same 16 columns. Bits per stored weight: 20 in bf16, 12 in int8; padding: N to 64 rows, K to 8
+supergroups.
+
+Batch 1 and 2: every stored value gathers its x. Up to 64: the tile is decoded in registers and multiplied by
+`tl.dot`. More (prefill): decompressed to a scratch shared by all layers, then torch's product. No atomics: parts
+of K are summed in a second pass, in a fixed order. A row's result depends on the bucket its batch falls in.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+
+from ...errors import WeightError
+from ...options import NM_PATTERNS
+from ...packed import MachineWeight, PackedWeight
+from . import nm_kernels
+from .common import (
+    TILE_ROWS,
+    Launch,
+    check_values,
+    finish,
+    interpreted,
+    launch,
+    mask_bits,
+    placed,
+    register,
+    reserve,
+    scratch,
+    splits_for,
+)
+
+GROUP = 16  # columns that a position of 4 bits can number
+PAD = 8  # supergroups: every launch's step divides it
+MAX_GEMV, MAX_DOT = 2, 64
+SCALE_GROUPS = (64, 128, 256)
+
+# By (kernel, largest batch of the bucket). `groups` of all but gemv is `dot_groups`.
+LAUNCHES = {
+    ("gemv", 1): Launch(groups=2, unroll=4, num_warps=4),
+    ("gemv", 2): Launch(groups=2, unroll=4, num_warps=4),
+    ("dot", 16): Launch(groups=0, unroll=1, num_warps=4),
+    ("dot", 32): Launch(groups=0, unroll=1, num_warps=4),
+    ("dot", 64): Launch(groups=0, unroll=1, num_warps=4),
+    ("decompress", 0): Launch(groups=0, unroll=1, num_warps=4),
+}
+
+# Instructions of the loop per stored weight, by (kernel, batch, int8 values); tools/gpu_offline.py asserts them for
+# sm_80, sm_90 and sm_100. An H200 issues about 7 per byte it reads: 17 per bf16 weight, 10 per int8 weight.
+BUDGET = {
+    ("gemv", 1, False): 9.5, ("gemv", 2, False): 15.5, ("gemv", 1, True): 10.0, ("gemv", 2, True): 15.5,
+    ("dot", 16, False): 34.0, ("dot", 32, False): 35.0, ("dot", 64, False): 40.0,
+    ("dot", 16, True): 34.0, ("dot", 32, True): 35.0, ("dot", 64, True): 40.0,
+}  # fmt: skip
+
+
+def dot_groups(groups: int) -> int:
+    """Supergroups side by side where tiles are decoded: 64 columns, and at least one row for each of 128 threads."""
+    return max(128 // TILE_ROWS, 4 // groups)
+
+
+def slots_of(kept: int, element_size: int) -> int:
+    """Values of a chunk: 16 bytes, but 8 bytes of 6:16 in int8, whose supergroup would not fit a thread's registers."""
+    return 8 if kept == 6 else 16 // element_size
+
+
+def gemv_unroll(chunks: int, setting: Launch) -> int:
+    """Repeats in a GEMV's loop: none of supergroups that have several loads in flight already, which would spill."""
+    return setting.unroll if chunks == 1 else 1
+
+
+def geometry(kept: int, slots: int) -> tuple[int, int]:
+    """Groups and chunks of a supergroup, for `kept` of 16 columns."""
+    groups = slots // math.gcd(kept, slots)
+    return groups, groups * kept // slots
+
+
+def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
+    """The machine form of canonical `nm`, made by torch where the tensors are.
+
+    Returns:
+        `values` [tiles, supergroups, C, 64, slots] of the values' dtype; `positions` uint8 [tiles, supergroups, S,
+        32 N], which are [C, 64, slots] half bytes in values' order, the first in the low half; `scales` float32
+        [scale groups, 64 tiles], or [0, 0].
+
+    Raises:
+        WeightError: values, a pattern or a group size that has no kernel.
+    """
+    check_values(packed, (None, "bf16", "bf16x12", "int8"))
+    tensors = placed(packed, device)
+    (n, k), (few, of) = packed.shape, NM_PATTERNS[packed.attributes["pattern"]]
+    kept, values = few * GROUP // of, tensors["values"]
+    slots = slots_of(kept, values.element_size())
+    groups, chunks = geometry(kept, slots)
+    tiles, supers = -(-n // TILE_ROWS), -(-k // (GROUP * groups))
+    supers += -supers % PAD
+    columns = supers * groups * GROUP
+    scales = _lower_scales(packed, tensors, tiles, groups)
+
+    stored = torch.nn.functional.pad(mask_bits(tensors["mask"], k), (0, columns - k))
+    dense = values.new_zeros(n, columns)
+    dense[stored] = values
+    grouped = stored.view(n, supers * groups, GROUP)
+    # Stable: stored columns first, in their order. A last, partial group fills up with columns that hold zeros.
+    order = grouped.logical_not().to(torch.uint8).sort(dim=2, stable=True).indices[..., :kept]
+    picked = dense.view(grouped.shape).gather(2, order)
+
+    def tiled(rows: torch.Tensor) -> torch.Tensor:
+        rows = torch.nn.functional.pad(rows.reshape(n, -1), (0, 0, 0, tiles * TILE_ROWS - n))
+        return rows.view(tiles, TILE_ROWS, supers, chunks, slots).permute(0, 2, 3, 1, 4).contiguous()
+
+    halves = tiled(order.to(torch.uint8))
+    joined = halves[..., 0::2] | (halves[..., 1::2] << 4)
+    machine = {
+        "values": tiled(picked), "positions": joined.view(tiles, supers, groups, TILE_ROWS * kept // 2),
+        "scales": scales,
+    }  # fmt: skip
+    reserve(values.device, n * k)
+    return MachineWeight(packed.format, packed.shape, packed.dtype, machine, "cuda")
+
+
+def _lower_scales(packed: PackedWeight, tensors: dict[str, torch.Tensor], tiles: int, groups: int) -> torch.Tensor:
+    if "scales" not in tensors:
+        return tensors["values"].new_zeros(0, 0, dtype=torch.float32)
+    size = packed.attributes["group_size"]
+    wide = GROUP * groups * dot_groups(groups)
+    if size and size < wide:
+        raise WeightError(
+            f"{packed.format}: no GPU kernel for scales of {size} columns at {packed.attributes['pattern']}; "
+            f"use a group_size of {wide} or more, or one scale per row"
+        )
+    scales = tensors["scales"]
+    padded = torch.nn.functional.pad(scales, (0, 0, 0, tiles * TILE_ROWS - scales.shape[0]))
+    return padded.T.contiguous()
+
+
+def naive_unpack(values: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor, k: int) -> torch.Tensor:
+    """The dense weight [64 tiles, K] float32 that a machine form stands for: what every kernel here computes with."""
+    tiles, supers, chunks, rows, slots = values.shape
+    groups = positions.shape[2]
+    halves = positions.view(tiles, supers, chunks, rows, slots // 2)
+    order = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
+
+    def by_group(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.permute(0, 3, 1, 2, 4).reshape(tiles * rows, supers * groups, -1)
+
+    dense = torch.zeros(tiles * rows, supers * groups, GROUP, device=values.device)
+    dense.scatter_add_(2, by_group(order).long(), by_group(values).float())
+    dense = dense.flatten(1)[:, :k]
+    if scales.numel():
+        size = scale_group(scales, k) or max(k, 1)
+        dense = dense * scales.T.repeat_interleave(size, dim=1)[:, :k]
+    return dense
+
+
+def scale_group(scales: torch.Tensor, k: int) -> int:
+    """Columns per scale; 0 for one scale per row."""
+    count = scales.shape[0]
+    return next((size for size in SCALE_GROUPS if -(-k // size) == count), 0) if count > 1 else 0
+
+
+def linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
+    k, n = x.shape[-1], out_features
+    x2 = x.reshape(-1, k)
+    x2 = x2 if x2.stride(1) == 1 else x2.contiguous()
+    m = x2.shape[0]
+    y = x.new_empty(m, n)
+    if not y.numel():
+        return y.view(*x.shape[:-1], n)
+    if m > MAX_DOT:
+        weight = decompress(scratch(x, (n, k)), values, positions, scales)
+        return torch.nn.functional.linear(x2, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], n)
+    tiles, supers = values.shape[:2]
+    bucket = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
+    setting = LAUNCHES[bucket]
+    constants = _constants(values, positions, scales, k, setting, bucket[0] != "gemv")
+    splits = splits_for(tiles, supers // (constants["GROUPS"] * constants["UNROLL"]))
+    direct = splits == 1
+    out = y if direct else x.new_empty(splits, m, n, dtype=torch.float32)
+    kernel = nm_kernels.gemv if bucket[0] == "gemv" else nm_kernels.dot
+    words = positions.view(torch.int32)
+    if bucket[0] == "dot":
+        # The interpreter's dot multiplies the bit patterns of bfloat16.
+        unfit = interpreted() and x.dtype == torch.bfloat16
+        constants["SAME"] = values.dtype in (x.dtype, torch.int8) and not unfit
+    else:
+        group_bytes = GROUP * x.element_size()
+        constants["ALIGNED"] = x2.data_ptr() % group_bytes == 0 and (m == 1 or x2.stride(0) % GROUP == 0)
+    launch(
+        kernel, (tiles, splits), x2, values, words, scales, bias if direct else None, out,
+        m, n, k, x2.stride(0), supers, scales.shape[1], splits, BATCH=bucket[1], **constants,
+    )  # fmt: skip
+    return (y if direct else finish(out, bias, y)).view(*x.shape[:-1], n)
+
+
+def decompress(
+    dense: torch.Tensor, values: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """Fill dense [N, K] with the weight, rounded once to dense's dtype."""
+    (n, k), (tiles, supers) = dense.shape, values.shape[:2]
+    constants = _constants(values, positions, scales, k, LAUNCHES["decompress", 0], True)
+    grid = (tiles, supers // constants["GROUPS"])
+    if k:
+        words = positions.view(torch.int32)
+        launch(nm_kernels.decompress, grid, dense, values, words, scales, n, k, supers, scales.shape[1], **constants)
+    return dense
+
+
+def _constants(
+    values: torch.Tensor, positions: torch.Tensor, scales: torch.Tensor, k: int, setting: Launch, dot: bool
+) -> dict[str, int]:
+    supers, chunks, rows, slots = values.shape[1:]
+    super_groups = positions.shape[2]
+    side_by_side = dot_groups(super_groups) if dot else setting.groups
+    return {
+        "KEPT": chunks * slots // super_groups, "SUPER": super_groups, "CHUNKS": chunks, "SLOTS": slots, "ROWS": rows,
+        "GROUPS": side_by_side, "UNROLL": 1 if dot else gemv_unroll(chunks, setting),
+        "MASK_K": supers * super_groups * GROUP != k,
+        "SCALED": 0 if not scales.numel() else 1 if scales.shape[0] == 1 else scale_group(scales, k),
+        "num_warps": setting.num_warps, "num_stages": 1,
+    }  # fmt: skip
+
+
+def _fake(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+register(
+    "nm_triton_linear(Tensor x, Tensor values, Tensor positions, Tensor scales, Tensor? bias, SymInt out_features)"
+    " -> Tensor",
+    linear,
+    _fake,
+)

@@ -1,0 +1,254 @@
+"""Arbitrary patterns on GPUs: the canonical forms `sell` and `bitmask`, values of 2 or 1 bytes.
+
+Machine form: rows sorted by how much they store, cut into slices of 64 and padded to the longest of their slice
+(SELL-C-sigma, Kreutzer et al., 2014, sigma = N). A thread owns a row and reads 16 bytes of values at a time, a *chunk*
+of `slots` = 8 bf16 or fp16, or 16 int8, and one byte of position for each: columns after the last column of the
+row's previous chunk. A column further away than 255 is reached by chunks that are filled up with zeros.
+
+What it costs: 24 bits per bf16 weight stored, 16 per int8 weight, and the padding: half a chunk per row and where
+columns are far apart (at 97% zeros and more). At 70% zeros that is 2.2 times less than dense bf16, at 90% 6.5.
+`bitmask` weights, for which a GPU has no fast bitmap decoder, use it too: at 50% 1.5 bytes per position, 1.33 times
+less than dense, where a bitmap would have 1.125. Padding such weights to N:M costs more: random zeros at 50% need
+12:16, 1.9 bytes per position; those that fit 8:16 are `nm` already (formats/nm.py finds them).
+
+Batch 1 and 2: every stored value gathers its x. Up to 64: it reads its row of the transposed x. More (prefill):
+decompressed to a scratch shared by all layers, then torch's product. No atomics; K is cut into parts that are
+summed in a second pass, in a fixed order. A row's result depends on the bucket its batch falls in.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ...errors import WeightError
+from ...packed import MachineWeight, PackedWeight
+from . import sell_kernels
+from .common import (
+    PROGRAMS,
+    TILE_ROWS,
+    Launch,
+    check_values,
+    finish,
+    launch,
+    mask_bits,
+    placed,
+    register,
+    reserve,
+    scratch,
+)
+
+MAX_GEMV, MAX_BATCH = 2, 64
+_REACH = 255  # columns that one byte of position goes
+_PART_CHUNKS = 4  # fewest chunks of a part: its start costs as much as one
+
+# By (kernel, tokens of a program).
+LAUNCHES = {
+    ("gemv", 1): Launch(groups=1, unroll=4, num_warps=2),
+    ("gemv", 2): Launch(groups=1, unroll=4, num_warps=2),
+    ("batched", 16): Launch(groups=1, unroll=1, num_warps=4),
+    ("decompress", 0): Launch(groups=1, unroll=1, num_warps=2),
+}
+
+# Instructions of the loop per stored weight, by (kernel, tokens, int8 values); tools/gpu_offline.py asserts them for
+# sm_80, sm_90 and sm_100. An H200 issues about 7 per byte it reads: 21 per bf16 weight, 14 per int8 weight.
+# Of `batched`, for 16 tokens.
+BUDGET = {
+    ("gemv", 1, False): 9.5, ("gemv", 2, False): 14.5, ("gemv", 1, True): 9.0, ("gemv", 2, True): 14.5,
+    ("batched", 16, False): 62.0, ("batched", 16, True): 62.0,
+}  # fmt: skip
+
+
+def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
+    """The machine form of canonical `sell` or `bitmask`, made by torch where the tensors are.
+
+    Returns:
+        `values` [chunks, 64, slots]; `positions` uint8, the same shape; `starts` int32 [parts, 64 slices], the column
+        that a row's first position of a part counts from; `offsets` int32 [slices, parts + 1], a part's chunks;
+        `rows` int32 [64 slices], rows of the weight in the order of storage, -1 for padding; `scales` float32
+        [64 slices], or [0].
+
+    Raises:
+        WeightError: values or a group size that has no kernel.
+    """
+    check_values(packed, (None, "bf16", "bf16x12", "int8"))
+    if packed.attributes.get("group_size"):
+        raise WeightError(f"{packed.format}: no GPU kernel for scales of groups; use one scale per row")
+    tensors = placed(packed, device)
+    n, k = packed.shape
+    values = tensors["values"]
+    place = values.device
+    slots = 16 // values.element_size()
+    positions, taken, bases, used = _chunks(mask_bits(tensors["mask"], k), slots)
+    count = positions.shape[0]
+
+    slices = -(-n // TILE_ROWS)
+    padding = slices * TILE_ROWS - n
+    order = used.sort(descending=True, stable=True).indices
+    lengths = torch.nn.functional.pad(used[order], (0, padding)).view(slices, TILE_ROWS).amax(1)
+    longest = int(lengths.max()) if n else 0
+    parts = max(1, min(PROGRAMS // max(1, slices), longest // _PART_CHUNKS))
+    cuts = lengths[:, None] * torch.arange(parts + 1, device=place) // parts
+    begins = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))[:-1]
+
+    def sliced(tensor: torch.Tensor) -> torch.Tensor:
+        """[count, N, ...] in the order of storage, [slices, count, 64, ...]."""
+        ordered = tensor[:, order]
+        ordered = torch.cat([ordered, ordered.new_zeros(tensor.shape[0], padding, *tensor.shape[2:])], dim=1)
+        return ordered.view(tensor.shape[0], slices, TILE_ROWS, *tensor.shape[2:]).transpose(0, 1)
+
+    kept = torch.arange(count, device=place)[None, :] < lengths[:, None]
+    # A taken slot holds the next value of the canonical form, whose rows lie one after the other.
+    filled = torch.cat([values, values.new_zeros(1)])[taken]
+    starts = sliced(bases).gather(1, cuts[:, :-1, None].expand(slices, parts, TILE_ROWS))
+    rows = torch.cat([order, order.new_full((padding,), -1)])
+    machine = {
+        "values": sliced(filled)[kept], "positions": sliced(positions)[kept],
+        "starts": starts.transpose(0, 1).reshape(parts, -1).contiguous().int(),
+        "offsets": (begins[:, None] + cuts).int(), "rows": rows.int(),
+        "scales": values.new_zeros(0, dtype=torch.float32),
+    }  # fmt: skip
+    if "scales" in tensors:
+        machine["scales"] = torch.nn.functional.pad(tensors["scales"][order, 0], (0, padding))
+    reserve(place, n * k)
+    return MachineWeight(packed.format, packed.shape, packed.dtype, machine, "cuda")
+
+
+def _chunks(stored: torch.Tensor, slots: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Cut the stored columns of bool [N, K] into chunks, all rows at once, chunk by chunk.
+
+    Returns:
+        positions uint8 [chunks, N, slots]; which value of the canonical form is in each slot, int64 [chunks, N, slots],
+        -1 for none; the column each chunk counts from, int64 [chunks + 1, N]; chunks that each row uses, [N].
+    """
+    n, k = stored.shape
+    each = stored.sum(1)
+    ends = each.cumsum(0)
+    columns = stored.nonzero()[:, 1]
+    columns = torch.cat([columns, columns.new_full((slots,), k)])
+    slot = torch.arange(slots, device=stored.device)
+    at = ends - each
+    base, used = torch.zeros_like(at), torch.zeros_like(at)
+    positions, taken, bases = [], [], [base]
+    while bool((at < ends).any()):
+        index = at[:, None] + slot
+        distance = columns[index.clamp(max=columns.numel() - 1)] - base[:, None]
+        fits = (index < ends[:, None]) & (distance <= _REACH)
+        more = (at + fits.sum(1) < ends)[:, None]  # of the row: a filler goes as far as it can
+        position = torch.where(fits, distance, torch.where(more, _REACH, 0))
+        positions.append(position.to(torch.uint8))
+        taken.append(torch.where(fits, index, -1))
+        used = used + (at < ends)
+        at = at + fits.sum(1)
+        base = base + position[:, -1]
+        bases.append(base)
+    if not positions:
+        none = torch.zeros(0, n, slots, device=stored.device)
+        return none.to(torch.uint8), none.long(), torch.stack(bases), used
+    return torch.stack(positions), torch.stack(taken), torch.stack(bases), used
+
+
+def naive_unpack(
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    scales: torch.Tensor,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """The dense weight [N, K] float32 that a machine form stands for: what every kernel here computes with."""
+    dense = torch.zeros(shape)
+    for line, row in enumerate(rows.tolist()):
+        piece, inside = divmod(line, TILE_ROWS)
+        for part in range(starts.shape[0] if row >= 0 else 0):
+            column = int(starts[part, line])
+            for chunk in range(int(offsets[piece, part]), int(offsets[piece, part + 1])):
+                where = column + positions[chunk, inside].long()
+                dense[row].index_add_(0, where, values[chunk, inside].float())
+                column = int(where[-1])
+        if row >= 0 and scales.numel():
+            dense[row] *= scales[line]
+    return dense
+
+
+def linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
+    k, n = x.shape[-1], out_features
+    x2 = x.reshape(-1, k)
+    m = x2.shape[0]
+    y = x.new_empty(m, n)
+    if not y.numel():
+        return y.view(*x.shape[:-1], n)
+    tensors = (values, positions, starts, offsets, rows, scales)
+    if m > MAX_BATCH:
+        weight = decompress(scratch(x, (n, k)), *tensors)
+        return torch.nn.functional.linear(x2, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], n)
+    parts, lines = starts.shape
+    if m <= MAX_GEMV:
+        kernel, batch, blocks = sell_kernels.gemv, m, 1
+        x2 = x2 if x2.stride(1) == 1 else x2.contiguous()
+        setting = LAUNCHES["gemv", m]
+    else:
+        kernel, batch, blocks = sell_kernels.batched, 16, -(-m // 16)
+        x2 = torch.nn.functional.pad(x2, (0, 0, 0, -m % 16)).t().contiguous()
+        setting = LAUNCHES["batched", 16]
+    direct = parts == 1
+    out = y if direct else x.new_empty(parts, m, n, dtype=torch.float32)
+    launch(
+        kernel, (lines // TILE_ROWS, parts, blocks), x2, *tensors, bias if direct else None, out,
+        m, n, x2.stride(0), parts, lines,
+        BATCH=batch, SLOTS=values.shape[2], ROWS=TILE_ROWS, UNROLL=setting.unroll, SCALED=scales.numel() > 0,
+        num_warps=setting.num_warps, num_stages=1,
+    )  # fmt: skip
+    return (y if direct else finish(out, bias, y)).view(*x.shape[:-1], n)
+
+
+def decompress(
+    dense: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    scales: torch.Tensor,
+) -> torch.Tensor:
+    """Fill dense [N, K] with the weight, rounded once to dense's dtype."""
+    parts, lines = starts.shape
+    launch(
+        sell_kernels.decompress, (lines // TILE_ROWS, parts), dense.zero_(), values, positions, starts, offsets, rows,
+        scales, dense.shape[1], parts, lines, SLOTS=values.shape[2], ROWS=TILE_ROWS, SCALED=scales.numel() > 0,
+        num_warps=LAUNCHES["decompress", 0].num_warps, num_stages=1,
+    )  # fmt: skip
+    return dense
+
+
+def _fake(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    positions: torch.Tensor,
+    starts: torch.Tensor,
+    offsets: torch.Tensor,
+    rows: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+register(
+    "sell_triton_linear(Tensor x, Tensor values, Tensor positions, Tensor starts, Tensor offsets, Tensor rows, "
+    "Tensor scales, Tensor? bias, SymInt out_features) -> Tensor",
+    linear,
+    _fake,
+)
