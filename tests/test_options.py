@@ -124,7 +124,7 @@ def test_rules_reset_what_their_format_has_not():
 
 
 def test_merged_parts_must_agree_in_their_groups():
-    from sparse_backend.engines.common import Names, options_for
+    from sparse_backend.engines.names import Names, options_for
 
     names = Names(merged={"qkv_proj": ["q_proj", "k_proj", "v_proj"]})
     options = Options(values="int4", rules=({"match": "*.k_proj", "group_size": 32},))

@@ -4,7 +4,7 @@
     python tools/gpu_offline.py --quick    the few that `make test` looks at
 
 NVIDIA code is checked: no register spills, weights read 16 bytes at a time, no barrier in the loop of a
-GEMV, and instructions of the loop per stored weight under the kernel's BUDGET. AMD code is only compiled.
+GEMV, and instructions of the loop per weight under the kernel's BUDGET. AMD code is only compiled.
 """
 
 from __future__ import annotations
@@ -27,12 +27,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_backend.kernels.triton import common, nm, nm_kernels, sell, sell_kernels
+from sparse_backend.kernels.triton import (
+    block,
+    block_kernels,
+    common,
+    nm,
+    nm_kernels,
+    sell,
+    sell_kernels,
+    ternary,
+    ternary_kernels,
+)
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 NVIDIA = (80, 90, 100)
 TARGETS = {f"sm_{n}": GPUTarget("cuda", n, 32) for n in NVIDIA} | {"gfx942": GPUTarget("hip", "gfx942", 64)}
-DIVISIBLE = ("k", "n", "x_stride", "supers", "scale_stride", "lines")  # as of the layers of language models
+DIVISIBLE = (  # as of the layers of language models
+    "k", "n", "x_stride", "supers", "scale_stride", "lines", "columns", "stride",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +57,9 @@ class Case:
         types: of arguments, as Triton writes them.
         constants: values of the other arguments.
         num_warps: of one program.
-        per_thread: stored weights that one thread handles in one iteration of the loop; 0: no budget.
-        budget: instructions of the loop per stored weight.
+        per_thread: stored weights, or of nm's dot positions, that a thread handles in one iteration of the loop;
+            0: no loop.
+        budget: instructions of the loop for each of them; 0: none is set.
         barriers: whether the loop may hold any.
         wide: whether weights have to be read 16 bytes at a time.
     """
@@ -105,10 +118,11 @@ def nm_case(kept: int, kind: str, form: str, batch: int, masked: bool) -> Case:
         return Case(name, nm_kernels.decompress, {"dense": x, **types}, constants, setting.num_warps, wide=wide)
     types |= {"x": x, "out": "*fp32", "m": "i32", "x_stride": "i32", "splits": "i32"}
     constants |= {"bias": None, "BATCH": batch} | ({"ALIGNED": not masked} if gemv else {"SAME": True})
-    stored = side * common.TILE_ROWS / (32 * setting.num_warps) * unroll * chunks * slots
+    rows = side * common.TILE_ROWS / (32 * setting.num_warps)
+    per_thread = rows * (unroll * chunks * slots if gemv else groups * nm.GROUP)
     budget = 0 if masked else nm.BUDGET[form, batch, kind == "i8"]
     kernel = nm_kernels.gemv if gemv else nm_kernels.dot
-    return Case(name, kernel, types, constants, setting.num_warps, stored, budget, not gemv, wide)
+    return Case(name, kernel, types, constants, setting.num_warps, per_thread, budget, not gemv, wide)
 
 
 def nm_cases(quick: bool) -> Iterator[Case]:
@@ -147,8 +161,78 @@ def sell_cases(quick: bool) -> Iterator[Case]:
             yield Case(name, kernel, types, fixed, setting.num_warps, stored, budget, form != "gemv", form == "gemv")
 
 
+def ternary_cases(quick: bool) -> Iterator[Case]:
+    rows = common.TILE_ROWS
+    integers = dict.fromkeys(("rows", "n", "columns", "chunks", "scale_stride", "splits"), "i32")
+    types = {"sums": "*i32", "words": "*i32", "scales": "*fp32", "out": "*fp32", **integers}
+    for (form, batch), setting in ternary.LAUNCHES.items():
+        if form == "decompress":
+            continue
+        for size in (0,) if quick else (0, 128, 32):
+            if (quick and batch not in (1, 16)) or batch > ternary.most_rows(size):
+                continue
+            gemv = form == "gemv"
+            groups = setting.groups if gemv else ternary.dot_groups(setting, size)
+            unit = min(size, ternary.CHUNK) or ternary.CHUNK
+            constants = {"BATCH": batch, "ROWS": rows, "GROUPS": groups, "UNIT": unit, "SCALED": size}
+            constants |= {"UNROLL": setting.unroll, "PTX": True} if gemv else {}
+            per_thread = groups * setting.unroll * ternary.CHUNK * rows / (32 * setting.num_warps)
+            budget = ternary.BUDGET.get((form, batch, size > 0), 0)
+            name = f"ternary {form}{batch}{f' groups of {size}' if size else ''}"
+            kernel = ternary_kernels.gemv if gemv else ternary_kernels.dot
+            # A tile of one chunk a row has 8 bytes for each of 128 threads.
+            wide = gemv or groups > 1
+            yield Case(
+                name, kernel, {"x": "*i32" if gemv else "*i8", **types}, constants, setting.num_warps, per_thread,
+                budget, not gemv, wide,
+            )  # fmt: skip
+    if not quick:
+        weights = {"words": "*i32", "scales": "*fp32", "n": "i32", "k": "i32", "chunks": "i32", "scale_stride": "i32"}
+        for kind in ("bf16", "i8"):
+            fixed = {"ROWS": rows, "GROUPS": 2, "SCALED": 0, "CODES": kind == "i8"}
+            yield Case(
+                f"ternary decompress {kind}", ternary_kernels.decompress, {"dense": f"*{kind}", **weights}, fixed, 4
+            )
+        tokens = {"x": "*bf16", "codes": "*i8", "sums": "*i32", "steps": "*fp32"}
+        types = {**tokens, "k": "i32", "columns": "i32", "x_stride": "i32"}
+        parts = {"partial": "*fp32", "steps": "*fp32", "scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
+        last = {**parts, **dict.fromkeys(("rows", "n", "stride", "splits"), "i32")}
+        for limbs in (1, 3):
+            fixed = {"LIMBS": limbs, "UNIT": 64, "BLOCK": 8192}
+            yield Case(f"ternary quantise{limbs}", ternary_kernels.quantise, types, fixed, 8, wide=False)
+            fixed = {"LIMBS": limbs, "SCALED": False, "BLOCK": 256}
+            yield Case(f"ternary finish{limbs}", ternary_kernels.finish, last, fixed, 4, wide=False)
+
+
+def block_cases(quick: bool) -> Iterator[Case]:
+    for kind in ("bf16",) if quick else ("bf16", "i8"):
+        weights = {"values": f"*{kind}", "columns": "*i32", "offsets": "*i32", "scales": "*fp32"}
+        integers = dict.fromkeys(("m", "n", "k", "x_stride", "scale_stride"), "i32")
+        for (form, batch), setting in block.LAUNCHES.items():
+            if quick and (form, batch) not in (("gemv", 1), ("dot", 16)):
+                continue
+            constants = {"STEP": setting.groups, "SCALED": int(kind == "i8")}
+            name = f"block {kind} {form}{batch or ''}"
+            if form == "decompress":
+                types = {"dense": "*bf16", **weights, "n": "i32", "k": "i32", "scale_stride": "i32"}
+                yield Case(name, block_kernels.decompress, types, constants, setting.num_warps)
+                continue
+            constants |= {"BATCH": batch, "MASK_K": False, "bias": None}
+            types = {"x": "*bf16", **weights, "out": "*fp32", **integers}
+            per_thread = setting.groups * setting.unroll * 256 / (32 * setting.num_warps)
+            if form == "gemv":
+                constants |= {"SLOTS": 16 if kind == "i8" else 8, "UNROLL": setting.unroll}
+                budget = block.BUDGET[form, batch]
+                yield Case(
+                    name, block_kernels.gemv, types, constants, setting.num_warps, per_thread, budget, barriers=False
+                )
+            else:
+                constants["SAME"] = True
+                yield Case(name, block_kernels.dot, types, constants, setting.num_warps, per_thread)
+
+
 def cases(quick: bool) -> list[Case]:
-    found = [*nm_cases(quick), *sell_cases(quick)]
+    found = [*nm_cases(quick), *sell_cases(quick), *ternary_cases(quick), *block_cases(quick)]
     if not quick:
         types = {"partial": "*fp32", "bias": "*bf16", "y": "*bf16", "m": "i32", "n": "i32", "splits": "i32"}
         found.append(Case("finish", common._finish, types, {"BLOCK": common.FINISH_BLOCK}, 4, wide=False))
@@ -162,7 +246,8 @@ def compiled(case: Case, target: GPUTarget) -> Any:
     aligned = [i for i, name in enumerate(names) if case.types.get(name, "").startswith("*") or name in DIVISIBLE]
     signature = {name: case.types.get(name, "constexpr") for name in names}
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if names[i] in case.types}
-    source = ASTSource(case.kernel, signature, case.constants, attributes)
+    constants = case.constants | ({"PTX": False} if "PTX" in names and target.backend == "hip" else {})
+    source = ASTSource(case.kernel, signature, constants, attributes)
     options = {"num_warps": case.num_warps, "num_stages": 1, "enable_fp_fusion": True}
     return triton.compile(source, target=target, options=options)
 
@@ -210,7 +295,7 @@ def problems(case: Case, code: Code) -> list[str]:
         if loop.barriers and not case.barriers:
             found.append(f"{loop.barriers} barriers in the loop")
         if case.budget and loop.instructions > case.budget * case.per_thread:
-            found.append(f"over {case.budget} instructions per weight")
+            found.append(f"over {case.budget} instructions")
     return found
 
 
@@ -220,7 +305,7 @@ def main() -> int:
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name holds this")
     arguments = parser.parse_args()
-    print(f"triton {triton.__version__}; instructions of the main loop per stored weight and thread")
+    print(f"triton {triton.__version__}; instructions of the main loop per stored weight (nm dot: per position)")
     print(f"{'kernel':34} {'target':7} {'instr.':>7} {'budget':>7} {'regs':>5} {'16-byte':>8} {'barriers':>9}  verdict")
     start, failures, count = time.monotonic(), 0, 0
     for case in cases(arguments.quick):

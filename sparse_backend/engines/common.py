@@ -21,7 +21,7 @@ from ..formats.unstructured import LEVELS
 from ..options import COMPILE_TIME_KEYS, QUANT_METHOD, Options
 from ..packed import PackedWeight
 from ..report import Report
-from .handover import PackedTensor
+from .handover import PackedTensor, Scratch
 from .layers import LayerKernel, NormedKernel
 
 
@@ -68,66 +68,6 @@ def check_compile_time_keys(options: Options, info: checkpoint.Checkpoint) -> No
                 f"option '{key}' was fixed at {getattr(compiled, key)!r} when {info.folder} was compiled; "
                 "drop it, or compile the original checkpoint again"
             )
-
-
-@dataclasses.dataclass
-class Names:
-    """HF module names for an engine's module names.
-
-    Attributes:
-        merged: engine's merged projection -> HF parts, by last name part (qkv_proj -> q_proj, ...).
-        renamed: engine module name -> HF module name, where they differ.
-    """
-
-    merged: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
-    renamed: dict[str, str] = dataclasses.field(default_factory=dict)
-
-    def learn(self, hf_modules: Iterable[str], to_engine: Callable[[str], str | None]) -> None:
-        """Fill `renamed` from the checkpoint's modules and the engine's own weight renaming."""
-        for name in hf_modules:
-            weight = to_engine(f"{name}.weight")
-            if weight is not None:
-                self.renamed[weight.removesuffix(".weight")] = name
-
-    def hf_parts(self, prefix: str) -> list[str]:
-        """HF names of the projections that the engine's module `prefix` holds."""
-        parent, _, last = prefix.rpartition(".")
-        parts = [f"{parent}.{part}" if parent else part for part in self.merged.get(last, [last])]
-        return [self.renamed.get(part, part) for part in parts]
-
-    def parts(self, prefix: str, sizes: Sequence[int]) -> list[tuple[str, int]]:
-        """(HF name, output features on this rank) of each part; empty if the engine merges others than it names."""
-        names = self.hf_parts(prefix)
-        return list(zip(names, sizes, strict=True)) if len(names) == len(sizes) else []
-
-
-def options_for(options: Options, names: Names, prefix: str) -> tuple[Options | None, str]:
-    """The options of one engine module; or None and why it is left alone.
-
-    Raises:
-        OptionError: parts that the engine merges have different formats.
-    """
-    parts = names.hf_parts(prefix)
-    for part in parts:
-        reason = convert.why_not_projection(part)
-        if reason is not None:
-            return None, reason
-    per_part = [options.for_module(part) for part in parts]
-    stored = {None if o is None else _storage(o) for o in per_part}
-    if len(stored) > 1:
-        listed = ", ".join(f"{n}: {'ignored' if o is None else o.format}" for n, o in zip(parts, per_part, strict=True))
-        raise OptionError(
-            f"{prefix}: the engine merges {len(parts)} projections that 'rules' or 'ignore' treat differently "
-            f"({listed}); give them the same format"
-        )
-    return per_part[0], convert.IGNORED
-
-
-def _storage(options: Options) -> tuple[Any, ...]:
-    """What parts of one merged layer must agree in."""
-    grouped = options.values in ("int8", "int4") or options.format == "int4"
-    groups = options.group_size if grouped else None  # ternary parts are rounded before they are merged
-    return options.format, options.values, options.bits, options.activations, options.batch, groups
 
 
 class ConfigAnswers:
@@ -201,6 +141,7 @@ class Loading:
         compiled: the HF modules that came compiled.
         heads: output heads converted as option `lm_head` asks.
         handed: layers that took compiled weights as they are stored, never dense.
+        scratch: for joining their parts.
     """
 
     report: Report = dataclasses.field(default_factory=Report)
@@ -211,6 +152,7 @@ class Loading:
     compiled: frozenset[str] = frozenset()
     heads: int = 0
     handed: int = 0
+    scratch: Scratch = dataclasses.field(default_factory=Scratch)
 
     def weights(
         self,
@@ -278,7 +220,7 @@ class Loading:
         if self.compiled and options.values in LEVELS and not self.compiled.issuperset(name for name, _ in parts):
             options = dataclasses.replace(options, values=None)  # what compiling left dense is not rounded now
         trained = self.bitnet is not None or "int8" in {self.activations.get(name) for name, _ in parts}
-        if options.activations is None and trained:
+        if options.activations is None and trained and options.format != "int8":  # which only keeps them
             options = dataclasses.replace(options, activations="int8")
         if norms:
             return self._convert_parts(layer, prefix, options, parts, norms)
@@ -395,6 +337,7 @@ class Loading:
             log(
                 "nothing was packed: the model runs dense. To prune it: sparse-backend compile MODEL OUT --sparsity 0.5"
             )
+        self.scratch = Scratch()
         release_memory()
 
 

@@ -9,6 +9,7 @@ lowered; where an engine cuts them (tensor parallelism) or changes them, it work
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from ..compiler import plan
 from ..formats import get_format
+from ..formats.base import Empty
 from ..options import Options
 from ..packed import PackedWeight
 
@@ -56,12 +58,36 @@ class PackedTensor(torch.Tensor):
         return func(*args, **kwargs)
 
 
+class Scratch:
+    """Memory for joined parts, the same for every layer: pages from the system take longer than the copy."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0, dtype=torch.uint8)
+        self._used = 0
+
+    def reset(self) -> None:
+        """What was given out is not used any more."""
+        if self._used > self._buffer.numel():
+            self._buffer = torch.empty(self._used, dtype=torch.uint8)
+        self._used = 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """As torch.empty; from the buffer as far as it reaches."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        start = self._used
+        self._used += -(-nbytes // 64) * 64
+        if self._used > self._buffer.numel() or not nbytes:
+            return torch.empty(shape, dtype=dtype)
+        return self._buffer[start : start + nbytes].view(dtype).view(shape)
+
+
 def join(
     tensors: Sequence[PackedTensor],
     parts: Sequence[tuple[str, int]],
     in_features: int,
     dtype: torch.dtype,
     options: Options,
+    empty: Empty = torch.empty,
 ) -> PackedWeight | None:
     """What a layer of `parts` holds, if `tensors` are these parts and whole; else None.
 
@@ -71,6 +97,7 @@ def join(
         in_features: of the layer, on this rank.
         dtype: the engine's.
         options: of the layer; a format that it names and `activations` are obeyed.
+        empty: gives the memory.
     """
     by_name = {t.module: t.packed for t in tensors}
     if len(by_name) != len(tensors) or set(by_name) != {name for name, _ in parts}:
@@ -82,7 +109,7 @@ def join(
     # Ternary kernels take scales that are finer than the engine's dtype.
     if options.format not in ("auto", form) or not (packed[0].dtype == dtype or form == "ternary"):
         return None
-    joined = get_format(form).join(packed)
+    joined = get_format(form).join(packed, empty)
     if joined is None:
         return None
     if options.activations is not None and "activations" in joined.attributes:

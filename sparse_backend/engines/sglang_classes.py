@@ -25,7 +25,7 @@ from sglang.srt.server_args import add_quantization_method_choices
 from ..compiler.bitnet import BitNet
 from ..errors import OptionError
 from ..options import QUANT_METHOD, Options
-from . import common, layers
+from . import common, layers, names
 from .sglang_cpu_platform import register_hooks
 
 logger = logging.getLogger(__name__)
@@ -47,7 +47,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
     def __init__(self, options: Options | None = None) -> None:
         super().__init__()
         self.options = options or Options()
-        self.names = common.Names()
+        self.names = names.Names()
         self.loading = common.Loading()
         self.mapper: Any = None
 
@@ -71,7 +71,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         if not isinstance(layer, LinearBase):
             return None
         self.names.merged = {**_MERGED, **self.packed_modules_mapping}
-        return SparseCompiledLinearMethod(self, prefix, *common.options_for(self.options, self.names, prefix))
+        return SparseCompiledLinearMethod(self, prefix, *names.options_for(self.options, self.names, prefix))
 
 
 class SparseCompiledLinearMethod(UnquantizedLinearMethod):  # type: ignore[misc]

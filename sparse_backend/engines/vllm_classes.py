@@ -38,7 +38,7 @@ from vllm.model_executor.parameter import ModelWeightParameter
 from ..compiler.bitnet import BitNet
 from ..errors import CheckpointError
 from ..options import QUANT_METHOD, Options
-from . import common, handover, layers
+from . import common, handover, layers, names
 
 logger = init_logger("vllm.sparse_backend")
 
@@ -51,7 +51,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         self.options = options or Options()
         self.modules: dict[str, Any] = {}
         self.hf_modules: list[str] = []
-        self.names = common.Names()
+        self.names = names.Names()
         self.loading = common.Loading()
 
     @classmethod
@@ -80,7 +80,7 @@ class SparseCompiledConfig(common.ConfigAnswers, QuantizationConfig):  # type: i
         if not isinstance(layer, LinearBase):
             return None
         self.names.merged = self.packed_modules_mapping
-        return SparseCompiledLinearMethod(self, prefix, *common.options_for(self.options, self.names, prefix))
+        return SparseCompiledLinearMethod(self, prefix, *names.options_for(self.options, self.names, prefix))
 
 
 @register_weight_loader_v2_supported_method
@@ -143,9 +143,11 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.options is not None and handed:
             weight = cast(torch.Tensor, layer.weight)
             tensors = [tensor for tensor, _ in handed]
-            packed = handover.join(tensors, parts, weight.shape[1], weight.dtype, self.options)
+            empty = self.loading.scratch.empty
+            packed = handover.join(tensors, parts, weight.shape[1], weight.dtype, self.options, empty)
         if packed is not None:
             self.kernel = self.loading.install(layer, self.prefix, packed)
+            self.loading.scratch.reset()
             self.loading.handed += 1
             return
         for tensor, load_dense in handed:

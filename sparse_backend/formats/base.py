@@ -13,6 +13,9 @@ from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
 
+# Called as torch.empty: (shape, dtype=...).
+Empty = Callable[..., torch.Tensor]
+
 
 @dataclasses.dataclass(frozen=True)
 class TensorSpec:
@@ -90,17 +93,17 @@ class Format(abc.ABC):
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:
         """Part `index` of `count` along `dim`, without leaving the canonical form's meaning."""
 
-    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+    def join(self, parts: Sequence[PackedWeight], empty: Empty = torch.empty) -> PackedWeight | None:
         """Weights [N_i, K] as one [sum of N_i, K], without making them dense; None where their forms do not fit.
 
-        An engine merges projections of one input (q, k and v) into one layer.
+        An engine merges projections of one input (q, k and v) into one layer. `empty` gives the memory.
         """
         first = parts[0]
         if len(parts) == 1:
             return first
         if any((p.attributes, p.dtype, p.shape[1]) != (first.attributes, first.dtype, first.shape[1]) for p in parts):
             return None
-        tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in first.tensors}
+        tensors = {name: stack([p.tensors[name] for p in parts], empty) for name in first.tensors}
         shape = (sum(p.shape[0] for p in parts), first.shape[1])
         return PackedWeight(self.name, shape, first.dtype, tensors, dict(first.attributes))
 
@@ -134,6 +137,15 @@ class Format(abc.ABC):
             raise WeightError(f"cannot cut {size} into {count} equal parts (part {index})")
         step = size // count
         return slice(index * step, (index + 1) * step)
+
+
+def stack(tensors: Sequence[torch.Tensor], empty: Empty = torch.empty) -> torch.Tensor:
+    """Tensors [N_i, ...] as one [sum of N_i, ...]; copied by all threads, as torch.cat does not."""
+    first = tensors[0]
+    out = empty((sum(t.shape[0] for t in tensors), *first.shape[1:]), dtype=first.dtype)
+    for part, tensor in zip(torch.split(out, [t.shape[0] for t in tensors]), tensors, strict=True):
+        part.copy_(tensor)
+    return out
 
 
 def naive_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -15,7 +15,7 @@ import torch
 from ..errors import UnfitError, WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
-from .base import Candidate, Format, TensorSpec
+from .base import Candidate, Empty, Format, TensorSpec, stack
 from .lanes import MAX_COLUMNS, check_columns
 
 MOST_ESCAPES = 1e-3
@@ -84,7 +84,7 @@ class Bf16x12(Format):
         dense = packed.unpack()
         return self._encode((dense[part] if dim == 0 else dense[:, part]).contiguous())
 
-    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+    def join(self, parts: Sequence[PackedWeight], empty: Empty = torch.empty) -> PackedWeight | None:
         tables = [p.tensors["exponents"] for p in parts]
         if len(parts) == 1 or any(p.shape[1] != parts[0].shape[1] for p in parts):
             return parts[0] if len(parts) == 1 else None
@@ -94,7 +94,7 @@ class Bf16x12(Format):
         for p in parts:
             escapes.append(p.tensors["escapes"] + torch.tensor([first, 0, 0], dtype=torch.int32))
             first += p.shape[0]
-        tensors = {name: torch.cat([p.tensors[name] for p in parts]) for name in ("low", "high")}
+        tensors = {name: stack([p.tensors[name] for p in parts], empty) for name in ("low", "high")}
         tensors |= {"exponents": tables[0], "escapes": torch.cat(escapes)}
         return PackedWeight(self.name, (first, parts[0].shape[1]), parts[0].dtype, tensors)
 

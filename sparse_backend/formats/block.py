@@ -16,7 +16,7 @@ import torch
 from ..errors import WeightError
 from ..options import GROUP_SIZES, Options
 from ..packed import MachineWeight, PackedWeight
-from .base import Candidate, Format, TensorSpec
+from .base import Candidate, Empty, Format, TensorSpec
 from .lanes import ACTIVATION_BITS, check_columns, join_bits, join_halves, lower_lanes, split_halves
 from .unstructured import BITS, DEFAULT_GROUP, LEVELS, check_scales, quantise_groups, value_kinds
 
@@ -159,8 +159,8 @@ class Block(Format):
             self.name, (codes.shape[0], codes.shape[1]), packed.dtype, tensors, dict(packed.attributes)
         )  # fmt: skip
 
-    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
-        return None if any(p.shape[0] % SIZE for p in parts[:-1]) else super().join(parts)
+    def join(self, parts: Sequence[PackedWeight], empty: Empty = torch.empty) -> PackedWeight | None:
+        return None if any(p.shape[0] % SIZE for p in parts[:-1]) else super().join(parts, empty)
 
     def validate(self, packed: PackedWeight) -> None:
         super().validate(packed)

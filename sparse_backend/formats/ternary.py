@@ -17,7 +17,7 @@ import torch
 from ..errors import WeightError
 from ..options import GROUP_SIZES, Options
 from ..packed import MachineWeight, PackedWeight
-from .base import Candidate, Format, TensorSpec
+from .base import Candidate, Empty, Format, TensorSpec
 
 MAX_COLUMNS = 65536  # what the kernels' int32 sums hold; lowering a longer row is an error
 _PER_BYTE = {2: 4, 1.6: 5}
@@ -192,13 +192,13 @@ class Ternary(Format):
         options = Options(format="ternary", bits=attributes["bits"], activations=attributes["activations"])
         return self.from_codes(codes.contiguous(), scales.clone(), group_size, options)
 
-    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+    def join(self, parts: Sequence[PackedWeight], empty: Empty = torch.empty) -> PackedWeight | None:
         # One scale for a part is one for each of its rows; all of them may still be one.
         spread = [
             self.rescale(p, p.tensors["scales"].expand(p.shape[0], -1).contiguous())
             if p.tensors["scales"].shape[0] == 1 else p for p in parts
         ]  # fmt: skip
-        joined = super().join(spread) if len(parts) > 1 else parts[0]
+        joined = super().join(spread, empty) if len(parts) > 1 else parts[0]
         return None if joined is None else self.rescale(joined, _shared(joined.tensors["scales"]))
 
     def validate(self, packed: PackedWeight) -> None:

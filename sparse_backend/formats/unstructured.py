@@ -22,7 +22,7 @@ import torch
 from ..errors import WeightError
 from ..options import Options
 from ..packed import MachineWeight, PackedWeight
-from .base import Candidate, Format, TensorSpec
+from .base import Candidate, Empty, Format, TensorSpec
 from .lanes import ACTIVATION_BITS, join_halves, split_halves
 
 # Largest code of integer values.
@@ -200,12 +200,12 @@ class Unstructured(Format):
         tensors = {"mask": mask[part].contiguous(), "values": packed.tensors["values"][start:stop].clone()}
         return PackedWeight(self.name, shape, packed.dtype, tensors, attributes)
 
-    def join(self, parts: Sequence[PackedWeight]) -> PackedWeight | None:
+    def join(self, parts: Sequence[PackedWeight], empty: Empty = torch.empty) -> PackedWeight | None:
         # Two int4 values share a byte: a part that ends within one cannot be followed by another.
         halves = parts[0].attributes.get("values") == "int4"
         if halves and any(_bits_set(p.tensors["mask"]) % 2 for p in parts[:-1]):
             return None
-        return super().join(parts)
+        return super().join(parts, empty)
 
     def _again(self, weight: torch.Tensor, attributes: Mapping[str, Any]) -> PackedWeight:
         return self.pack(weight, Options(values=attributes.get("values")))

@@ -159,6 +159,7 @@ KERNELS: tuple[Kernel, ...] = (
     TritonKernel("sell", "cuda", "sell_triton_linear", _HALVES, "sell"),
     TritonKernel("bitmask", "cuda", "sell_triton_linear", _HALVES, "sell"),
     TritonKernel("ternary", "cuda", "ternary_triton_linear", _FLOATS, "ternary"),
+    TritonKernel("block", "cuda", "block_triton_linear", _HALVES, "block"),
 )
 _ROWS = {(k.format, k.device): k for k in KERNELS}
 

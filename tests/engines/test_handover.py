@@ -101,3 +101,22 @@ def test_the_plan_of_this_machine_decides_between_formats_of_one_form():
     assert joined is not None
     assert joined.format == "sell"
     assert torch.equal(joined.unpack(), weight)
+
+
+def test_scratch_memory_is_given_out_again_and_grows():
+    scratch = handover.Scratch()
+    parts = [tensor_of("q"), tensor_of("k", 16)]
+    for _ in range(3):
+        first = scratch.empty((3, 5), torch.bfloat16)
+        second = scratch.empty((7,), torch.float32)
+        first.fill_(1)
+        second.fill_(2)
+        assert first.eq(1).all()
+        assert first.shape == (3, 5)
+        joined = handover.join(parts, PARTS, 64, torch.bfloat16, Options(format="bitmask"), scratch.empty)
+        assert joined is not None
+        assert torch.equal(joined.unpack(), torch.cat([p.dense() for p in parts]))
+        assert scratch.empty((0, 4), torch.int8).shape == (0, 4)
+        where = first.data_ptr()
+        scratch.reset()
+    assert scratch.empty((3, 5), torch.bfloat16).data_ptr() == where

@@ -130,7 +130,7 @@ torch.library.opcheck(torch.ops.sparse_backend.dense_linear.default, (x, weight,
 
 # Options name modules as the checkpoint does; here with the renaming of a real SGLang model.
 from sglang.srt.models.qwen2_5_vl import Qwen2_5_VLForConditionalGeneration as model
-from sparse_backend.engines.common import Names
+from sparse_backend.engines.names import Names
 names, mapped = Names(merged={"qkv_proj": ["q_proj", "k_proj", "v_proj"]}), model.hf_to_sglang_mapper.apply_list
 hf = [f"model.language_model.layers.0.self_attn.{p}_proj" for p in "qkv"]
 names.learn(hf, lambda name: next(iter(mapped([name])), None))

@@ -48,8 +48,10 @@ def exact(packed: sb.PackedWeight) -> Dense:
     from sparse_backend.formats import get_format
 
     size = packed.attributes["group_size"] or max(1, packed.shape[1])
-    codes = get_format(packed.format)._dense_codes(packed).double()
-    return Dense(codes * packed.tensors["scales"].double().repeat_interleave(size, dim=1)[:, : packed.shape[1]])
+    form = get_format(packed.format)
+    codes = form._dense(packed, packed.tensors["values"]) if packed.format == "block" else form._dense_codes(packed)
+    scales = packed.tensors["scales"].double().repeat_interleave(size, dim=1)
+    return Dense(codes.double() * scales[:, : packed.shape[1]])
 
 
 def absolute(packed: sb.PackedWeight | Dense) -> Dense:

@@ -12,7 +12,7 @@ from sparse_backend.compiler import prune
 from sparse_backend.kernels.triton import common, nm
 from sparse_backend.options import NM_PATTERNS
 
-SHAPES = [(1, 1), (64, 128), (70, 300), (3, 700)]
+SHAPES = [(1, 1), (70, 300), (3, 700)]
 
 
 def pruned(n, k, pattern, seed=0, dtype=torch.bfloat16):
@@ -54,9 +54,8 @@ def test_bytes_of_the_machine_form():
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_one_and_two_tokens(n, k, pattern, values):
     p = packed(n, k, pattern, values)
-    for x in (torch.randn(k), torch.randn(2, k), torch.randn(1, k).bfloat16(), torch.randn(2, k).half()):
-        check(p, x)
-    check(p, torch.randn(1, k), torch.randn(n).bfloat16())
+    check(p, torch.randn(k), torch.randn(n).bfloat16())
+    check(p, torch.randn(2, k).bfloat16())
 
 
 @pytest.mark.parametrize("values", [None, "int8"])

@@ -1,0 +1,175 @@
+"""Blocks of 16x16 on GPUs: values of 2 bytes, or int8 under scales per row or group; blocks of zeros are not stored.
+
+Machine form: the canonical blocks, row by row as they are, and the block column of each (BSR). A *strip* is 16 rows of
+the weight; a program works on one part of the blocks of one strip, several blocks at a time. Bits per stored weight:
+16.1 in bf16, 8.1 in int8; padding: N and K to 16, which the canonical form has too.
+
+Batch 1 and 2: a thread multiplies 16 bytes of a row of a block by the x beside it. Up to 64: `tl.dot` of several
+blocks side by side, tokens padded to 16; of one block at a time under scales of groups. More (prefill): decompressed
+to a scratch shared by all layers, then torch's product. No atomics: parts are summed in a second pass, in a fixed
+order. A row's result depends on the bucket its batch falls in.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+
+from ...packed import MachineWeight, PackedWeight
+from . import block_kernels
+from .common import Launch, check_values, finish, interpreted, launch, mask_bits, placed, register, reserve, scratch
+
+SIZE = 16
+MAX_GEMV, MAX_DOT = 2, 64
+PROGRAMS = 2048  # strips are flat: twice as many programs as tiles of 64 rows get
+SCALE_GROUPS = (32, 64, 128, 256)
+
+# By (kernel, tokens of a program); `groups` are blocks side by side.
+LAUNCHES = {
+    ("gemv", 1): Launch(groups=4, unroll=4, num_warps=4),
+    ("gemv", 2): Launch(groups=4, unroll=4, num_warps=4),
+    ("dot", 16): Launch(groups=8, unroll=1, num_warps=2),
+    ("dot", 32): Launch(groups=8, unroll=1, num_warps=4),
+    ("dot", 64): Launch(groups=8, unroll=1, num_warps=4),
+    ("decompress", 0): Launch(groups=8, unroll=1, num_warps=4),
+}
+
+# Instructions of the loop per stored weight, by (kernel, batch); tools/gpu_offline.py asserts them for sm_80, sm_90 and
+# sm_100. An H200 issues about 14 per bf16 weight in the time it reads one, 7 per int8 weight.
+BUDGET = {("gemv", 1): 7.5, ("gemv", 2): 11.0}
+
+
+def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
+    """The machine form of canonical `block`, made by torch where the tensors are.
+
+    Returns:
+        `values` [stored, 16, 16] of the values' dtype; `columns` int32 [stored], the block column of each; `offsets`
+        int32 [strips + 1], a strip's blocks; `scales` float32 [groups, 16 strips], or [0, 0].
+
+    Raises:
+        WeightError: values that have no kernel.
+    """
+    check_values(packed, (None, "bf16", "bf16x12", "int8"))
+    tensors = placed(packed, device)
+    n, k = packed.shape
+    strips = -(-n // SIZE)
+    occupied = mask_bits(tensors["blocks"], -(-k // SIZE))
+    offsets = torch.nn.functional.pad(occupied.sum(1).cumsum(0), (1, 0)).int()
+    scales = offsets.new_zeros(0, 0, dtype=torch.float32)
+    if "scales" in tensors:
+        stored = tensors["scales"]
+        scales = torch.nn.functional.pad(stored, (0, 0, 0, strips * SIZE - n)).T.contiguous()
+    machine = {
+        "values": tensors["values"], "columns": occupied.nonzero()[:, 1].int().contiguous(), "offsets": offsets,
+        "scales": scales,
+    }  # fmt: skip
+    reserve(offsets.device, n * k)
+    return MachineWeight(packed.format, packed.shape, packed.dtype, machine, "cuda")
+
+
+def naive_unpack(
+    values: torch.Tensor, columns: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor, k: int
+) -> torch.Tensor:
+    """The dense weight [16 strips, K] float32 that a machine form stands for: what every kernel here computes with."""
+    strips, across = offsets.shape[0] - 1, -(-k // SIZE)
+    blocks = torch.zeros(strips, across, SIZE, SIZE)
+    strip = torch.arange(strips).repeat_interleave(offsets.diff().long())
+    blocks[strip, columns.long()] = values.float()
+    dense = blocks.transpose(1, 2).reshape(strips * SIZE, across * SIZE)[:, :k]
+    if scales.numel():
+        dense = dense * scales.T.repeat_interleave(scale_group(scales, k) or max(k, 1), dim=1)[:, :k]
+    return dense
+
+
+def scale_group(scales: torch.Tensor, k: int) -> int:
+    """Columns per scale; 0 for one scale per row."""
+    count = scales.shape[0]
+    return next((size for size in SCALE_GROUPS if -(-k // size) == count), 0) if count > 1 else 0
+
+
+def linear(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    columns: torch.Tensor,
+    offsets: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
+    k, n = x.shape[-1], out_features
+    x2 = x.reshape(-1, k)
+    x2 = x2 if x2.stride(1) == 1 else x2.contiguous()
+    m = x2.shape[0]
+    y = x.new_empty(m, n)
+    if not y.numel():
+        return y.view(*x.shape[:-1], n)
+    if m > MAX_DOT:
+        weight = decompress(scratch(x, (n, k)), values, columns, offsets, scales)
+        return torch.nn.functional.linear(x2, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], n)
+    scaled = _scaled(scales, k)
+    form, batch = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
+    setting = LAUNCHES[form, batch]
+    if form == "gemv":
+        kernel, step = block_kernels.gemv, setting.groups
+        slots = 16 // values.element_size()
+        constants = {"SLOTS": slots, "UNROLL": setting.unroll}
+    else:
+        kernel, step = block_kernels.dot, 1 if scaled > 1 else setting.groups
+        # The interpreter's dot multiplies the bit patterns of bfloat16.
+        unfit = interpreted() and x.dtype == torch.bfloat16
+        constants = {"SAME": values.dtype in (x.dtype, torch.int8) and not unfit}
+    strips = offsets.shape[0] - 1
+    # From shapes alone: how many blocks a strip stores on average.
+    splits = splits_for(strips, -(-values.shape[0] // (strips * step * setting.unroll)))
+    direct = splits == 1
+    out = y if direct else x.new_empty(splits, m, n, dtype=torch.float32)
+    launch(
+        kernel, (strips, splits, 1), x2, values, columns, offsets, scales, bias if direct else None, out,
+        m, n, k, x2.stride(0), scales.shape[1], BATCH=batch, STEP=step, MASK_K=k % SIZE != 0, SCALED=scaled,
+        num_warps=setting.num_warps, num_stages=1, **constants,
+    )  # fmt: skip
+    return (y if direct else finish(out, bias, y)).view(*x.shape[:-1], n)
+
+
+def splits_for(strips: int, steps: int) -> int:
+    """Into how many parts the blocks of a strip are cut: enough programs for the GPU, none without work."""
+    return max(1, min(-(-PROGRAMS // strips), steps))
+
+
+def decompress(
+    dense: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor
+) -> torch.Tensor:
+    """Fill dense [N, K] with the weight, rounded once to dense's dtype."""
+    (n, k), strips, setting = dense.shape, offsets.shape[0] - 1, LAUNCHES["decompress", 0]
+    splits = splits_for(strips, -(-values.shape[0] // (strips * setting.groups)))
+    launch(
+        block_kernels.decompress, (strips, splits), dense.zero_(), values, columns, offsets, scales,
+        n, k, scales.shape[1], STEP=setting.groups, SCALED=_scaled(scales, k), num_warps=setting.num_warps,
+    )  # fmt: skip
+    return dense
+
+
+def _scaled(scales: torch.Tensor, k: int) -> int:
+    """0 no scales, 1 one per row, else columns per scale."""
+    return 0 if not scales.numel() else scale_group(scales, k) or 1
+
+
+def _fake(
+    x: torch.Tensor,
+    values: torch.Tensor,
+    columns: torch.Tensor,
+    offsets: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+register(
+    "block_triton_linear(Tensor x, Tensor values, Tensor columns, Tensor offsets, Tensor scales, Tensor? bias, "
+    "SymInt out_features) -> Tensor",
+    linear,
+    _fake,
+)
