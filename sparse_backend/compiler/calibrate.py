@@ -246,7 +246,8 @@ class _Measured:
         options = Options()
         if self.format == "ternary":
             weight = weight.sign()
-            options = Options(format="ternary", bits=2 if self.values == "2" else 1.6)
+            bits, _, activations = self.values.partition(" ")
+            options = Options(format="ternary", bits=2 if bits == "2" else 1.6, activations=activations or None)
         elif self.format in ("bitmask", "sell", "block"):
             options = Options(values=self.values)
         return get_format(self.format).pack(weight.to(self.dtype), options).lower()

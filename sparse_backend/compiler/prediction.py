@@ -34,6 +34,10 @@ class Prediction:
     left_dense: int
 
 
+# Of what weights tell: int8 activations are for models trained with them.
+_KERNELS = tuple(k for k in KERNELS if not k[1].endswith(" int8"))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Choice:
     """One format of one projection."""
@@ -96,9 +100,9 @@ def predict(matrices: Sequence[MatrixStats], profile: Profile, batch: int) -> li
         return []
     dense = [choices(m, [("dense", _LOSSLESS_VALUES[m.dtype][0])]) for m in matrices]
     out = [together("dense, as it is", False, dense)]
-    exact = [choices(m, [k for k in KERNELS if _lossless(m, *k)]) for m in matrices]
+    exact = [choices(m, [k for k in _KERNELS if _lossless(m, *k)]) for m in matrices]
     out.append(together("fastest without loss, per projection", False, exact))
-    for format, values in KERNELS:
+    for format, values in _KERNELS:
         if format == "dense" or not _worth_showing(matrices, format, values):
             continue
         lossy = not all(_lossless(m, format, values) for m in matrices)
@@ -109,7 +113,7 @@ def predict(matrices: Sequence[MatrixStats], profile: Profile, batch: int) -> li
     for zeros in _PRUNED_TO:
         if all(m.density <= 1 - zeros for m in matrices):
             continue
-        kernels = [k for k in KERNELS if k[0] in _UNSTRUCTURED]
+        kernels = [k for k in _KERNELS if k[0] in _UNSTRUCTURED]
         pruned = [choices(m, [k for k in kernels if _lossless(m, *k)], zeros) for m in matrices]
         if any(pruned):
             out.append(together(f"pruned to {zeros:.0%} zeros, fastest sparse", True, pruned))

@@ -102,7 +102,7 @@ class Ternary(Format):
             Candidate(
                 weight.shape[0] * -(-weight.shape[1] // _PER_BYTE[bits]) + scales.nbytes,
                 partial(self.from_codes, codes, scales, group_size, dataclasses.replace(options, bits=bits)),
-                str(bits), weight.numel(),
+                f"{bits} int8" if options.activations == "int8" else str(bits), weight.numel(),
             )
             for bits in ((2, 1.6) if options.bits is None else (options.bits,))
         ]  # fmt: skip

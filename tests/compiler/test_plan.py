@@ -52,7 +52,8 @@ def test_sizes_are_those_of_the_formats(format, values, density):
         return
     weight = (blocks_of_zeros if format == "block" else sparse_weight)(n, k, 1 - density).to(dtype)
     if format == "ternary":
-        packed = sb.pack(weight.sign(), format="ternary", bits=float(values))
+        bits, _, activations = values.partition(" ")
+        packed = sb.pack(weight.sign(), format="ternary", bits=float(bits), activations=activations or None)
     else:
         packed = sb.pack(weight, format=format, values=None if format == values else values)
     stored = torch.count_nonzero(weight).item() / (n * k)

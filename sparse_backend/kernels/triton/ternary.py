@@ -229,7 +229,7 @@ def _finish(
     splits, rows, stride = partial.shape
     m, n = y.shape
     launch(
-        ternary_kernels.finish, (triton.cdiv(n, _FINISH_BLOCK), m), partial, steps, scales, bias, y,
+        ternary_kernels.finish, (m, triton.cdiv(n, _FINISH_BLOCK)), partial, steps, scales, bias, y,
         rows, n, stride, splits, LIMBS=limbs, SCALED=scaled, BLOCK=_FINISH_BLOCK, num_warps=4,
     )  # fmt: skip
     return y

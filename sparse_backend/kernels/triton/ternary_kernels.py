@@ -4,6 +4,9 @@ Codes are 0, 1, 2 for -1, 0, 1: a sum over codes is a sum over weights plus the 
 writes per unit of 64 columns, or 32 where scales stand for 32. `rows` are rows of int8 numbers: LIMBS per token.
 """
 
+# Tuples of tensors grow in loops, which are unrolled.
+# mypy: disable-error-code="assignment, var-annotated"
+
 from __future__ import annotations
 
 import triton
@@ -219,8 +222,8 @@ def finish(
     LIMBS: tl.constexpr, SCALED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """y [M, n] from partial [splits, rows, stride]: parts summed in order, limbs weighed, scaled, bias added."""
-    token = tl.program_id(1)
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.program_id(0)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     there = column < n
     total = tl.zeros([BLOCK], tl.float32)
     for back in tl.static_range(LIMBS):
