@@ -87,7 +87,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def lower(self, packed: PackedWeight) -> MachineWeight:
-        """The machine form for this machine's kernels."""
+        """The machine form for this machine's kernels; shares no memory with `packed`, which may lie in a file."""
 
     @abc.abstractmethod
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:

@@ -66,7 +66,7 @@ class Int8(Format):
 
         with cpu.as_weight_error():
             buffer = cpu.ops().lowbit_lower(packed.tensors["weight"], 1, 0, 2)
-        scales = packed.tensors["scales"].T.contiguous()
+        scales = packed.tensors["scales"].T.clone(memory_format=torch.contiguous_format)
         return MachineWeight(self.name, packed.shape, packed.dtype, {"packed": buffer, "scales": scales})
 
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:

@@ -171,7 +171,7 @@ class Ternary(Format):
         scales = packed.tensors["scales"]
         # [1] or [groups, N]: a kernel reads the scales of neighbouring rows together.
         one = scales.numel() == 1 and not group_size
-        machine = scales.view(1).clone() if one else scales.T.contiguous()
+        machine = scales.view(1).clone() if one else scales.T.clone(memory_format=torch.contiguous_format)
         return MachineWeight(self.name, packed.shape, packed.dtype, {"packed": buffer, "scales": machine})
 
     def shard(self, packed: PackedWeight, dim: int, index: int, count: int) -> PackedWeight:

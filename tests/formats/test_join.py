@@ -88,3 +88,23 @@ def test_bf16x12_parts_with_other_exponents_are_coded_again():
     twice = get_format("bf16x12").join([parts[1], parts[1]])
     assert twice is not None
     assert torch.equal(twice.unpack(), parts[1].unpack().repeat(2, 1))
+
+
+@pytest.mark.parametrize(("format", "options"), KINDS)
+def test_a_machine_form_shares_no_memory_with_what_it_was_made_from(format, options):
+    packed = [sb.pack(w, format, **options) for w in weights(format, (16, 32))]
+    memory = torch.empty(1 << 16, dtype=torch.uint8)
+    used = 0
+
+    def empty(shape, dtype):
+        nonlocal used
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        start, used = used, used + -(-nbytes // 64) * 64
+        return memory[start : start + nbytes].view(dtype).view(shape)
+
+    joined = get_format(format).join(packed, empty) or packed[0]  # int4 values that end within a byte
+    x = torch.randn(2, 48)
+    before = sb.linear(x, machine := joined.lower())
+    for tensor in (memory, *(t for p in packed for t in p.tensors.values())):
+        tensor.zero_()
+    assert torch.equal(sb.linear(x, machine), before)

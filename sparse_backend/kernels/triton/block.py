@@ -17,12 +17,25 @@ import triton
 
 from ...packed import MachineWeight, PackedWeight
 from . import block_kernels
-from .common import Launch, check_values, finish, interpreted, launch, mask_bits, placed, register, reserve, scratch
+from .common import (
+    Launch,
+    check_values,
+    dense_product,
+    finish,
+    flat,
+    interpreted,
+    launch,
+    mask_bits,
+    placed,
+    register,
+    reserve,
+    scale_group,
+    scratch,
+)
 
 SIZE = 16
 MAX_GEMV, MAX_DOT = 2, 64
 PROGRAMS = 2048  # strips are flat: twice as many programs as tiles of 64 rows get
-SCALE_GROUPS = (32, 64, 128, 256)
 
 # By (kernel, tokens of a program); `groups` are blocks side by side.
 LAUNCHES = {
@@ -81,12 +94,6 @@ def naive_unpack(
     return dense
 
 
-def scale_group(scales: torch.Tensor, k: int) -> int:
-    """Columns per scale; 0 for one scale per row."""
-    count = scales.shape[0]
-    return next((size for size in SCALE_GROUPS if -(-k // size) == count), 0) if count > 1 else 0
-
-
 def linear(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -98,15 +105,14 @@ def linear(
 ) -> torch.Tensor:
     """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
     k, n = x.shape[-1], out_features
-    x2 = x.reshape(-1, k)
-    x2 = x2 if x2.stride(1) == 1 else x2.contiguous()
+    x2 = flat(x)
     m = x2.shape[0]
     y = x.new_empty(m, n)
     if not y.numel():
         return y.view(*x.shape[:-1], n)
     if m > MAX_DOT:
         weight = decompress(scratch(x, (n, k)), values, columns, offsets, scales)
-        return torch.nn.functional.linear(x2, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], n)
+        return dense_product(x2, weight, bias).view(*x.shape[:-1], n)
     scaled = _scaled(scales, k)
     form, batch = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
     setting = LAUNCHES[form, batch]

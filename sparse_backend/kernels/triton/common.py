@@ -19,6 +19,7 @@ TILE_ROWS = 64
 # Programs a split along K aims at: about eight per multiprocessor of an H200.
 PROGRAMS = 1024
 FINISH_BLOCK = 256
+SCALE_GROUPS = (32, 64, 128, 256)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _ops = torch.library.Library("sparse_backend", "FRAGMENT")
 _scratch: dict[torch.device, torch.Tensor] = {}
@@ -81,6 +82,23 @@ def mask_bits(mask: torch.Tensor, k: int) -> torch.Tensor:
     """bool [N, K] of a mask [N, ceil(K / 8)]."""
     shifts = torch.arange(8, dtype=torch.uint8, device=mask.device)
     return ((mask[:, :, None] >> shifts) & 1).flatten(1)[:, :k].bool()
+
+
+def flat(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as [M, K] with columns side by side."""
+    x2 = x.reshape(-1, x.shape[-1])
+    return x2 if x2.stride(1) == 1 else x2.contiguous()
+
+
+def dense_product(x2: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """y [M, N] by torch from x [M, K] and a decompressed weight [N, K]."""
+    return torch.nn.functional.linear(x2, weight, None if bias is None else bias.to(x2.dtype))
+
+
+def scale_group(scales: torch.Tensor, k: int) -> int:
+    """Columns per scale of scales [groups, N]; 0 for one scale per row."""
+    count = scales.shape[0]
+    return next((size for size in SCALE_GROUPS if -(-k // size) == count), 0) if count > 1 else 0
 
 
 def register(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:

@@ -27,13 +27,16 @@ from .common import (
     TILE_ROWS,
     Launch,
     check_values,
+    dense_product,
     finish,
+    flat,
     interpreted,
     launch,
     mask_bits,
     placed,
     register,
     reserve,
+    scale_group,
     scratch,
     splits_for,
 )
@@ -41,7 +44,6 @@ from .common import (
 GROUP = 16  # columns that a position of 4 bits can number
 PAD = 8  # supergroups: every launch's step divides it
 MAX_GEMV, MAX_DOT = 2, 64
-SCALE_GROUPS = (64, 128, 256)
 
 # By (kernel, largest batch of the bucket). `groups` of all but gemv is `dot_groups`.
 LAUNCHES = {
@@ -162,12 +164,6 @@ def naive_unpack(values: torch.Tensor, positions: torch.Tensor, scales: torch.Te
     return dense
 
 
-def scale_group(scales: torch.Tensor, k: int) -> int:
-    """Columns per scale; 0 for one scale per row."""
-    count = scales.shape[0]
-    return next((size for size in SCALE_GROUPS if -(-k // size) == count), 0) if count > 1 else 0
-
-
 def linear(
     x: torch.Tensor,
     values: torch.Tensor,
@@ -178,15 +174,14 @@ def linear(
 ) -> torch.Tensor:
     """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
     k, n = x.shape[-1], out_features
-    x2 = x.reshape(-1, k)
-    x2 = x2 if x2.stride(1) == 1 else x2.contiguous()
+    x2 = flat(x)
     m = x2.shape[0]
     y = x.new_empty(m, n)
     if not y.numel():
         return y.view(*x.shape[:-1], n)
     if m > MAX_DOT:
         weight = decompress(scratch(x, (n, k)), values, positions, scales)
-        return torch.nn.functional.linear(x2, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], n)
+        return dense_product(x2, weight, bias).view(*x.shape[:-1], n)
     tiles, supers = values.shape[:2]
     bucket = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
     setting = LAUNCHES[bucket]

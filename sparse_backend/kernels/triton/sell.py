@@ -28,7 +28,9 @@ from .common import (
     TILE_ROWS,
     Launch,
     check_values,
+    dense_product,
     finish,
+    flat,
     launch,
     mask_bits,
     placed,
@@ -184,7 +186,7 @@ def linear(
 ) -> torch.Tensor:
     """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
     k, n = x.shape[-1], out_features
-    x2 = x.reshape(-1, k)
+    x2 = flat(x)
     m = x2.shape[0]
     y = x.new_empty(m, n)
     if not y.numel():
@@ -192,11 +194,10 @@ def linear(
     tensors = (values, positions, starts, offsets, rows, scales)
     if m > MAX_BATCH:
         weight = decompress(scratch(x, (n, k)), *tensors)
-        return torch.nn.functional.linear(x2, weight, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], n)
+        return dense_product(x2, weight, bias).view(*x.shape[:-1], n)
     parts, lines = starts.shape
     if m <= MAX_GEMV:
         kernel, batch, blocks = sell_kernels.gemv, m, 1
-        x2 = x2 if x2.stride(1) == 1 else x2.contiguous()
         setting = LAUNCHES["gemv", m]
     else:
         kernel, batch, blocks = sell_kernels.batched, 16, -(-m // 16)

@@ -26,7 +26,19 @@ import triton
 from ...errors import WeightError
 from ...packed import MachineWeight, PackedWeight
 from . import ternary_kernels
-from .common import TILE_ROWS, Launch, interpreted, launch, placed, register, reserve, scratch, splits_for
+from .common import (
+    TILE_ROWS,
+    Launch,
+    dense_product,
+    flat,
+    interpreted,
+    launch,
+    placed,
+    register,
+    reserve,
+    scratch,
+    splits_for,
+)
 
 CHUNK = 64  # columns of 16 bytes
 PAD = 8  # chunks: every launch's step divides it
@@ -147,8 +159,7 @@ def linear(
 ) -> torch.Tensor:
     """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`."""
     k, n = x.shape[-1], out_features
-    x2 = x.reshape(-1, k)
-    x2 = x2 if x2.stride(1) == 1 else x2.contiguous()
+    x2 = flat(x)
     m = x2.shape[0]
     y = x.new_empty(m, n)
     if not y.numel():
@@ -157,7 +168,7 @@ def linear(
     size = scale_group(scales, chunks)
     if m > MAX_TOKENS and count > 1:
         dense = decompress(scratch(x, (n, k)), words, scales)
-        return torch.nn.functional.linear(x2, dense, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], n)
+        return dense_product(x2, dense, bias).view(*x.shape[:-1], n)
     rows = m * count
     form = "gemv" if rows <= MAX_GEMV else "dot"
     batch = rows if form == "gemv" else min(most_rows(size), max(16, triton.next_power_of_2(rows)))
