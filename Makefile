@@ -10,7 +10,7 @@ PRUNE  := $(VENVS)/prune/bin
 
 help:
 	@echo "make demo        serve a pruned model dense and compiled; ends in a table (8 minutes)"
-	@echo "make test        all tests, with the real vLLM and SGLang (25 to 35 minutes)"
+	@echo "make test        all tests, with the real vLLM and SGLang (25 to 40 minutes)"
 	@echo "make test-quick  the tests that start no engine (4 minutes)"
 	@echo "make test-asan   the C++ under AddressSanitizer and UBSan"
 	@echo "make test-gpu-offline  every GPU kernel compiled and its machine code checked, with no GPU (5 minutes)"

@@ -50,9 +50,7 @@ def measure(name: str, command: list[str]) -> dict[str, Any]:
 def load(name: str, folder: Path, dense_bytes: int) -> dict[str, Any]:
     """vLLM's own time for the weights, and the most memory while it loaded against what it kept."""
     args = {"skip_tokenizer_init": True, "max_model_len": 256}
-    # On all cores, as the other benchmarks: by itself vLLM leaves the second thread of a core alone.
-    threads = {"OMP_NUM_THREADS": str(os.cpu_count()), "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
-    result = run([{"model": str(folder), "args": args}], VLLM_CPU_KVCACHE_SPACE="1", **threads)[0]
+    result = run([{"model": str(folder), "args": args}], VLLM_CPU_KVCACHE_SPACE="1")[0]
     if "error" in result:
         sys.exit(f"{name} failed: {result['error']}")
     seconds = float(re.findall(r"Loading weights took ([\d.]+) seconds", result["log"])[0])
