@@ -22,7 +22,7 @@ struct ThreadPool {
 
 namespace {
 
-inline int64_t round_up(int64_t value, int64_t multiple) {
+constexpr int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }
 

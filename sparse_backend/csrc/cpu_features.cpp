@@ -78,6 +78,16 @@ const CpuFeatures& cpu_features() {
   return features;
 }
 
+bool reads_one_stream() {
+#if defined(__x86_64__)
+  constexpr uint32_t kAuthenticAmd = 0x68747541;  // "Auth"
+  static const bool amd = cpuid(0, 0).ebx == kAuthenticAmd;
+  return amd;
+#else
+  return false;
+#endif
+}
+
 bool amx_int8_usable() {
 #if defined(__x86_64__) && defined(__linux__)
   constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM

@@ -152,7 +152,7 @@ Tensor unstructured_linear(const Tensor& x, const Tensor& packed, const std::opt
 }
 
 constexpr auto bitmask_linear =
-    unstructured_linear<sparse_backend::bitmask::kMagic, sparse_backend::bitmask::kPanelRows,
+    unstructured_linear<sparse_backend::bitmask::kMagic, sparse_backend::bitmask::kStripRows,
                         sparse_backend::bitmask::linear>;
 constexpr auto lanes_linear =
     unstructured_linear<sparse_backend::lanes::kMagic, sparse_backend::lanes::kStripRows,
@@ -352,8 +352,9 @@ __attribute__((visibility("default"))) const char* sparse_backend_lanes_kernel(i
                                             static_cast<DType>(x_type));
 }
 
-__attribute__((visibility("default"))) const char* sparse_backend_sell_kernel(int values) {
-  return sparse_backend::sell::kernel_name(static_cast<sparse_backend::unstructured::Values>(values));
+__attribute__((visibility("default"))) const char* sparse_backend_sell_kernel(int values, int x_type) {
+  return sparse_backend::sell::kernel_name(static_cast<sparse_backend::unstructured::Values>(values),
+                                           static_cast<DType>(x_type));
 }
 
 }  // extern "C"

@@ -104,7 +104,7 @@ def bitmask_kernel(values: torch.dtype) -> str:
 
 def sell_kernel(values: torch.dtype) -> str:
     """The sell kernel that runs for values of this dtype at the active level."""
-    name: bytes = library().sparse_backend_sell_kernel(_DTYPE_CODES[values])
+    name: bytes = library().sparse_backend_sell_kernel(_DTYPE_CODES[values], _DTYPE_CODES[values])
     return name.decode()
 
 

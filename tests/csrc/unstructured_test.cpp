@@ -2,6 +2,7 @@
 // buffers. Built by tools/run_asan.py with sanitizers, and by test_avx512.py with emulated intrinsics.
 #include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <random>
 #include <string>
@@ -16,6 +17,7 @@
 #include "sell/linear.h"
 #include "sell/pack.h"
 #include "support.h"
+#include "unstructured/strips.h"
 
 namespace bm = sparse_backend::bitmask;
 namespace lanes = sparse_backend::lanes;
@@ -104,6 +106,13 @@ Weight make_weight(const Implementation& impl, int64_t n, int64_t k, double zero
   const int64_t bytes = built.header.total_bytes;
   w.machine = allocate(bytes);
   un::write(built, canonical, start.data(), scales.data(), w.machine.get(), kThreads);
+  // Lowering has vector code, and everywhere the same result.
+  const sb::Isa level = sb::active_isa();
+  Buffer plain = allocate(bytes);
+  sb::set_isa(sb::Isa::kScalar);
+  un::write(built, canonical, start.data(), scales.data(), plain.get(), kThreads);
+  sb::set_isa(level);
+  if (std::memcmp(plain.get(), w.machine.get(), bytes) != 0) fail("lowering", impl.name.c_str(), n, k, 0);
   if (const char* problem =
           un::parse(w.machine.get(), bytes, impl.stream->magic, impl.stream->rows_per_part, &w.view)) {
     fail(problem, "parse", n, k, 0);
@@ -212,15 +221,15 @@ std::vector<Implementation> implementations() {
                       bf16_only,
                       false,
                       {0, 64, 128, 256},
-                      run_with<bm::Kernels, bm::linear_with>,
+                      run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
     };
-    const auto slices = [&](const sell::Kernels& kernels) {
+    const auto slices = [&](const sell::Kernels& kernels, bool bf16_only = false) {
       list.push_back({std::string("sell ") + kernels.name + kind,
                       &sell::kStream,
                       v,
-                      false,
-                      true,
+                      bf16_only,
+                      !bf16_only,
                       {0, 128, 256},
                       run_with<sell::Kernels, sell::linear_with>,
                       &kernels});
@@ -232,7 +241,7 @@ std::vector<Implementation> implementations() {
                       bf16_only,
                       false,
                       {0, 32, 64, 128, 256},
-                      run_with<lanes::Kernels, lanes::linear_with>,
+                      run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
     };
     const bool bf16 = v == Values::kBf16 || v == Values::kBf16x12;
@@ -243,11 +252,13 @@ std::vector<Implementation> implementations() {
     bitmask(bm::avx512_kernels(v));
     if (bf16) bitmask(bm::avx512_bf16_kernels(v), true);
     slices(sell::avx512_kernels(v));
+    if (bf16) slices(sell::avx512_bf16_kernels(v), true);
     blocks(lanes::avx512_kernels(v));
     if (bf16) blocks(lanes::avx512_bf16_kernels(v), true);
 #else
     if (sb::cpu_features().avx2) bitmask(bm::avx2_kernels(v)), slices(sell::avx2_kernels(v));
     if (sb::cpu_features().avx512) bitmask(bm::avx512_kernels(v)), slices(sell::avx512_kernels(v));
+    if (sb::cpu_features().avx512_bf16 && bf16) slices(sell::avx512_bf16_kernels(v), true);
     if (sb::cpu_features().avx2) blocks(lanes::avx2_kernels(v));
     if (sb::cpu_features().avx512) blocks(lanes::avx512_kernels(v));
     if (sb::cpu_features().avx512_bf16 && bf16) blocks(lanes::avx512_bf16_kernels(v), true);

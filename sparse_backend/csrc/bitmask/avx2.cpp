@@ -3,8 +3,11 @@
 // its mask bit is: for bf16 straight into the upper halves of eight floats. Compiled with
 // -mavx2 -mfma -mf16c -mpopcnt; called only where cpu_features() found all four.
 //
+// An operand is four rows, and in each two neighbouring lanes: of two columns, or for integers of two pairs of
+// columns. They are added when a row is complete.
+//
 // Cycles per 16 weights of one token on Zen 3, one thread, from L1 (the loser's in brackets):
-// 3.5 as it stands; [3.9] 16-byte shuffles, two halves joined, then shift and mask into
+// 3.5 as the shuffles stand; [3.9] 16-byte shuffles, two halves joined, then shift and mask into
 // floats; [4.2] the same with mask bytes shifted out of a register instead of loaded one by
 // one; [4.4] byte counts from a second table; [4.8] table offsets of a chunk computed with
 // vector shifts and read back; [5.0] the shuffles as here, mask bytes rotated out of a register.
@@ -39,118 +42,155 @@ struct ExpandTable {
 constexpr ExpandTable<4> kFloatTable;
 constexpr ExpandTable<2> kHalfTable;
 
-// Mask bytes are read one by one where they stand in the stream.
-struct MaskBytes {
-  const uint8_t* bytes;
-  inline void read(const uint8_t* masks) { bytes = masks; }
+inline __m128i next8(uint64_t mask, const uint16_t*& values) {
+  const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
+  values += __builtin_popcountll(mask);
+  return packed;
+}
+
+inline __m128i expand8(uint64_t mask, const uint16_t*& values) {
+  const __m128i shuffle = *reinterpret_cast<const __m128i*>(kHalfTable.shuffle[mask]);
+  return _mm_shuffle_epi8(next8(mask, values), shuffle);
+}
+
+// Words that a mask's decoded run may fill.
+constexpr int kRunWords = 64 + unstructured::kDecodeGroup;
+
+// The words of mask i, decoded to `words` unless they are words already; moves `run` past them. Always 64 of
+// them: a loop that ends with the run would be mispredicted again and again.
+template <Values kValues>
+inline const uint16_t* next_words(const uint8_t* masks, int i, const uint8_t*& run, const ExponentTable& table,
+                                  uint16_t* words) {
+  using Decoder = unstructured::Avx2Decoder;
+  if constexpr (mask_columns(kValues) == 2) {
+    static_assert(Decoder::plain<kValues>(), "words");
+    uint32_t mask;
+    std::memcpy(&mask, masks + 4 * i, sizeof(mask));
+    const auto* plain = reinterpret_cast<const uint16_t*>(run);
+    run += 2 * __builtin_popcount(mask);
+    return plain;
+  }
+  uint64_t mask;
+  std::memcpy(&mask, masks + 8 * i, sizeof(mask));
+  const int count = __builtin_popcountll(mask);
+  Decoder::decode<kValues>(run, count, 64, table, words);
+  run += unstructured::run_bytes(kValues, count);
+  return words;
+}
+
+// 16 registers: accumulators, a weight, one activation.
+template <Values kKind>
+struct Avx2Shape {
+  static constexpr Values kValues = kKind;
+  static constexpr int kSums = 4, kVectorBytes = 32;
+  static constexpr int kGemvTokens = 2, kTileStrips = 1, kGemmTile = 3, kTileStep = 1;
+  static constexpr bool kReorder = false;
+  static constexpr int streams(int tokens) { return tokens == 1 ? 2 : 1; }
+  using Table = ExponentTable;
 };
 
 template <Values kKind>
-struct Avx2 {
-  static constexpr Values kValues = kKind;
-  using Decoder = unstructured::Avx2Decoder;
-  using Stored = uint16_t;
-  static constexpr int kBlock = 8;
-  static constexpr int kParts = 1;
-  static constexpr int kElements = 8;
-  static constexpr int kGemvTokens = 4;
-  static constexpr int kGemmTile = 3;
+struct Avx2 : Avx2Shape<kKind> {
+  // A byte of a mask each: of kBf16x12 four rows' first two columns, then their last two.
+  static constexpr int kPairs = mask_columns(kKind) / 2, kOperands = 4 * kPairs;
+  static constexpr int sum_of(int o) { return o / kPairs; }
   using Element = float;
-  using Masks = MaskBytes;
   using Operand = __m256;
   using Accumulator = __m256;
+  struct Rows {
+    __m256 low, high;
+  };
+  using Sums = Rows;
 
-  // 16 registers: accumulators, a weight per row, one activation.
-  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
-
-  static inline void decode(const Masks& masks, int row, int block, const uint16_t*& values,
-                            Operand out[kParts]) {
-    const uint64_t mask = masks.bytes[8 * row + block];
-    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-    values += __builtin_popcountll(mask);
-    if constexpr (kKind != Values::kFp16) {
-      const __m256i shuffle = *reinterpret_cast<const __m256i*>(kFloatTable.shuffle[mask]);
-      out[0] = _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_broadcastsi128_si256(packed), shuffle));
-    } else {
-      const __m128i shuffle = *reinterpret_cast<const __m128i*>(kHalfTable.shuffle[mask]);
-      out[0] = _mm256_cvtph_ps(_mm_shuffle_epi8(packed, shuffle));
+  static inline void decode(const uint8_t* masks, int i, const uint8_t*& run, const ExponentTable& table,
+                            Operand out[kOperands]) {
+    uint16_t words[kRunWords];
+    const uint16_t* values = next_words<kKind>(masks, i, run, table, words);
+#pragma GCC unroll 8
+    for (int o = 0; o < kOperands; ++o) {
+      const uint64_t mask = masks[kOperands * i + o];
+      if constexpr (kKind != Values::kFp16) {
+        const __m256i shuffle = *reinterpret_cast<const __m256i*>(kFloatTable.shuffle[mask]);
+        const __m256i packed = _mm256_broadcastsi128_si256(next8(mask, values));
+        out[o] = _mm256_castsi256_ps(_mm256_shuffle_epi8(packed, shuffle));
+      } else {
+        out[o] = _mm256_cvtph_ps(expand8(mask, values));
+      }
     }
   }
-
-  static inline Operand load(const float* p) { return _mm256_load_ps(p); }
-  static inline void store(float* p, Operand v) { _mm256_store_ps(p, v); }
+  static inline __m256 broadcast(const uint8_t* x, int o) {
+    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x) + o % kPairs));
+  }
+  static inline Operand load(const uint8_t* p) { return _mm256_load_ps(reinterpret_cast<const float*>(p)); }
+  static inline void store(uint8_t* p, Operand v) { _mm256_store_ps(reinterpret_cast<float*>(p), v); }
   static inline Accumulator zero() { return _mm256_setzero_ps(); }
-  static inline Accumulator multiply_add(Operand w, Operand x, Accumulator acc) {
+  static inline Accumulator multiply_add(Operand w, __m256 x, Accumulator acc) {
     return _mm256_fmadd_ps(w, x, acc);
   }
-
-  static inline float reduce(Accumulator acc) {
-    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(acc), _mm256_extractf128_ps(acc, 1));
-    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  static inline __m256 eight_rows(__m256 a, __m256 b) {
+    const __m256d sums = _mm256_castps_pd(_mm256_hadd_ps(a, b));  // rows 0, 1, 4, 5, 2, 3, 6, 7
+    return _mm256_castpd_ps(_mm256_permute4x64_pd(sums, 0xD8));
   }
-
-  static inline void prepare_block(const uint8_t* x, DType dtype, float* out) {
-    const __m128i* halves = reinterpret_cast<const __m128i*>(x);
-    switch (dtype) {
-      case DType::kBf16: {
-        const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(halves));
-        return store(out, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
-      }
-      case DType::kFp16:
-        return store(out, _mm256_cvtph_ps(_mm_loadu_si128(halves)));
-      case DType::kFp32:
-        return store(out, _mm256_loadu_ps(reinterpret_cast<const float*>(x)));
-    }
+  static inline Rows rows(const Accumulator acc[]) {
+    return {eight_rows(acc[0], acc[1]), eight_rows(acc[2], acc[3])};
+  }
+  static inline Sums no_sums() { return {zero(), zero()}; }
+  static inline void store_rows(float* out, const Rows& v) {
+    _mm256_store_ps(out, v.low);
+    _mm256_store_ps(out + 8, v.high);
   }
 };
 
 // Integer values: sixteen int16 products summed in pairs.
 template <Values kKind>
-struct Avx2Integer {
-  static constexpr Values kValues = kKind;
-  using Decoder = unstructured::Avx2Decoder;
-  using Stored = uint16_t;
-  static constexpr int kBlock = 16;
-  static constexpr int kParts = 1;
-  static constexpr int kElements = 16;
-  static constexpr int kGemvTokens = 4;
-  static constexpr int kGemmTile = 3;
+struct Avx2Integer : Avx2Shape<kKind> {
+  static constexpr int kOperands = 4;
+  static constexpr int sum_of(int o) { return o; }
   using Element = int16_t;
-  using Masks = MaskBytes;
   using Operand = __m256i;
   using Accumulator = __m256i;
-  using Sum = __m256;
+  struct Rows {
+    __m256i low, high;
+  };
+  using Sums = Avx2<Values::kBf16>::Rows;
 
-  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
-
-  static inline __m128i expand8(uint64_t mask, const uint16_t*& values) {
-    const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
-    values += __builtin_popcountll(mask);
-    return _mm_shuffle_epi8(packed, *reinterpret_cast<const __m128i*>(kHalfTable.shuffle[mask]));
+  static inline void decode(const uint8_t* masks, int i, const uint8_t*& run, const ExponentTable& table,
+                            Operand out[kOperands]) {
+    uint16_t words[kRunWords];
+    const uint16_t* values = next_words<kKind>(masks, i, run, table, words);
+#pragma GCC unroll 4
+    for (int o = 0; o < kOperands; ++o) {
+      const uint8_t* bytes = masks + 8 * i + 2 * o;
+      const __m128i low = expand8(bytes[0], values);
+      const __m128i high = expand8(bytes[1], values);
+      out[o] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+    }
   }
-
-  static inline void decode(const Masks& masks, int row, int block, const uint16_t*& values,
-                            Operand out[kParts]) {
-    const uint8_t* bytes = masks.bytes + 8 * row + 2 * block;
-    const __m128i low = expand8(bytes[0], values);
-    const __m128i high = expand8(bytes[1], values);
-    out[0] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+  static inline __m256i broadcast(const uint8_t* x, int) {
+    int64_t columns;
+    std::memcpy(&columns, x, sizeof(columns));
+    return _mm256_set1_epi64x(columns);
   }
-
-  static inline Operand load(const int16_t* p) {
+  static inline Operand load(const uint8_t* p) {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   }
-  static inline void store(int16_t* p, Operand v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
+  static inline void store(uint8_t* p, Operand v) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), v); }
   static inline Accumulator zero() { return _mm256_setzero_si256(); }
-  static inline Sum zero_sum() { return _mm256_setzero_ps(); }
-  static inline Accumulator multiply_add(Operand w, Operand x, Accumulator acc) {
+  static inline Accumulator multiply_add(Operand w, __m256i x, Accumulator acc) {
     return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
   }
-  static inline Sum add_scaled(Sum sum, Accumulator acc, float scale) {
-    return _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc), _mm256_set1_ps(scale), sum);
+  static inline __m256i eight_rows(__m256i a, __m256i b) {
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xD8);
   }
-  static inline float reduce(Sum sum) { return Avx2<Values::kBf16>::reduce(sum); }
+  static inline Rows rows(const Accumulator acc[]) {
+    return {eight_rows(acc[0], acc[1]), eight_rows(acc[2], acc[3])};
+  }
+  static inline Sums no_sums() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  static inline Sums add_scaled(const Sums& sums, const Rows& rows, const float* scales) {
+    return {_mm256_fmadd_ps(_mm256_cvtepi32_ps(rows.low), _mm256_loadu_ps(scales), sums.low),
+            _mm256_fmadd_ps(_mm256_cvtepi32_ps(rows.high), _mm256_loadu_ps(scales + 8), sums.high)};
+  }
+  static inline void store_rows(float* out, const Sums& v) { Avx2<Values::kBf16>::store_rows(out, v); }
 };
 
 }  // namespace

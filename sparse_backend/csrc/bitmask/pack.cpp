@@ -4,8 +4,9 @@
 #include <atomic>
 #include <cstring>
 
+#include "../cpu_features.h"
 #include "../parallel.h"
-#include "layout.h"
+#include "order.h"
 
 namespace sparse_backend::bitmask {
 namespace {
@@ -116,57 +117,143 @@ void unpack(const Canonical& weight, const int64_t* row_start, uint16_t* dense, 
 
 namespace {
 
-// Rows of a panel that exist.
-int panel_rows(const Canonical& weight, int64_t panel) {
-  const int64_t rest = weight.out_features - panel * kPanelRows;
-  return static_cast<int>(rest < kPanelRows ? rest : kPanelRows);
+// Rows of a strip that exist.
+int strip_rows(const Canonical& weight, int64_t strip) {
+  const int64_t rest = weight.out_features - strip * kStripRows;
+  return static_cast<int>(rest < kStripRows ? rest : kStripRows);
 }
 
-unstructured::Part panel_size(const Canonical& weight, const int64_t* row_start, const Encoding& encoding,
-                              int64_t panel) {
-  const int rows = panel_rows(weight, panel);
-  const int64_t chunks = (weight.in_features + kChunk - 1) / kChunk, first = panel * kPanelRows;
+// How many weights each mask of four columns stores, of a chunk's 16 rows.
+void quad_counts(const uint64_t rows[kStripRows], uint8_t counts[kChunk / 4]) {
+  constexpr uint64_t kPairs = 0x5555555555555555, kQuads = 0x3333333333333333, kBytes = 0x0F0F0F0F0F0F0F0F;
+  uint64_t even = 0, odd = 0;  // a count in each byte, of 64 at most
+  for (int r = 0; r < kStripRows; ++r) {
+    const uint64_t pairs = rows[r] - ((rows[r] >> 1) & kPairs);
+    const uint64_t quads = (pairs & kQuads) + ((pairs >> 2) & kQuads);
+    even += quads & kBytes;
+    odd += (quads >> 4) & kBytes;
+  }
+  for (int q = 0; q < kChunk / 4; q += 2) {
+    counts[q] = static_cast<uint8_t>(even >> (4 * q));
+    counts[q + 1] = static_cast<uint8_t>(odd >> (4 * q));
+  }
+}
+
+unstructured::Part strip_size(const Canonical& weight, const int64_t* row_start, const Encoding& encoding,
+                              int64_t strip) {
+  const int rows = strip_rows(weight, strip);
+  const int64_t chunks = (weight.in_features + kChunk - 1) / kChunk, first = strip * kStripRows;
   const int64_t stored = row_start[first + rows] - row_start[first];
-  int64_t bytes = chunks * kPanelRows * 8;
+  int64_t bytes = chunks * kMaskBytes;
   if (encoding.values != unstructured::Values::kBf16x12 && encoding.values != unstructured::Values::kInt4) {
     return {bytes + unstructured::run_bytes(encoding.values, stored), stored};
   }
   for (int64_t c = 0; c < chunks; ++c) {  // a run with an odd count rounds up
-    int64_t count = 0;
-    for (int r = 0; r < rows; ++r) {
-      count += __builtin_popcountll(unstructured::mask_bits(weight, first + r, c * kChunk));
-    }
-    bytes += unstructured::run_bytes(encoding.values, count);
+    uint64_t masks[kStripRows] = {};
+    uint8_t counts[kChunk / 4];
+    for (int r = 0; r < rows; ++r) masks[r] = unstructured::mask_bits(weight, first + r, c * kChunk);
+    quad_counts(masks, counts);
+    for (const uint8_t count : counts) bytes += unstructured::run_bytes(encoding.values, count);
   }
   return {bytes, stored};
 }
 
-void write_panel(const Canonical& weight, const int64_t* row_start, const Encoding& encoding, int64_t panel,
-                 uint8_t* out) {
-  const int rows = panel_rows(weight, panel);
-  const int64_t chunks = (weight.in_features + kChunk - 1) / kChunk, first = panel * kPanelRows;
-  int64_t at[kPanelRows] = {};
-  for (int r = 0; r < rows; ++r) at[r] = row_start[first + r];
-  uint16_t words[kPanelRows * kChunk];
-  for (int64_t c = 0; c < chunks; ++c) {
-    uint64_t masks[kPanelRows] = {};
-    int64_t count = 0;
-    for (int r = 0; r < rows; ++r) {
-      masks[r] = unstructured::mask_bits(weight, first + r, c * kChunk);
-      const int stored = __builtin_popcountll(masks[r]);
-      weight.words(at[r], stored, words + count);
-      count += stored;
-      at[r] += stored;
+template <Values kValues, class Value>
+int order(const ChunkRows<Value>& rows, uint8_t* masks, Value* out) {
+  constexpr int kColumns = mask_columns(kValues), kBits = kStripRows * kColumns;
+  const Value* values[kStripRows];
+  std::memcpy(values, rows.values, sizeof(values));
+  int count = 0;
+  for (int i = 0; i < kChunk / kColumns; ++i) {
+    uint64_t mask = 0;
+    for (int bit = 0; bit < kBits; ++bit) {
+      const Place at = place_of(kValues, bit);
+      const uint64_t stored = (rows.mask[at.row] >> (i * kColumns + at.column)) & 1U;
+      mask |= stored << bit;
+      // Without a branch: every weight is written, and kept only if the place moves on.
+      out[count] = *(values[at.row] < rows.last ? values[at.row] : rows.last);
+      count += static_cast<int>(stored);
+      values[at.row] += stored;
     }
-    std::memcpy(out, masks, sizeof(masks));
-    encoding.write(words, count, out + sizeof(masks));
-    out += sizeof(masks) + unstructured::run_bytes(encoding.values, count);
+    std::memcpy(masks + i * (kBits / 8), &mask, kBits / 8);
   }
+  return count;
+}
+
+const OrderKernels& order_kernels() {
+  static constexpr OrderKernels kernels{order<Values::kBf16, uint16_t>, order<Values::kBf16x12, uint16_t>,
+                                         order<Values::kInt8, int8_t>};
+#if defined(__x86_64__)
+  if (active_isa() == Isa::kAvx512) return avx512_order_kernels();
+#endif
+  return kernels;
+}
+
+// The chunks of a strip, one after the other: finish(rows, c) with the rows of chunk c.
+template <class Value, class Finish>
+void each_chunk(const Canonical& weight, const int64_t* row_start, int64_t strip, const Finish& finish) {
+  const int rows = strip_rows(weight, strip);
+  const int64_t chunks = (weight.in_features + kChunk - 1) / kChunk, first = strip * kStripRows;
+  const auto* data = static_cast<const Value*>(weight.data);
+  const Value none{};
+  ChunkRows<Value> chunk{};
+  chunk.last = weight.nnz > 0 ? data + weight.nnz - 1 : &none;
+  for (int r = 0; r < kStripRows; ++r) {
+    chunk.values[r] = r < rows && weight.nnz > 0 ? data + row_start[first + r] : chunk.last;
+  }
+  for (int64_t c = 0; c < chunks; ++c) {
+    for (int r = 0; r < rows; ++r) chunk.mask[r] = unstructured::mask_bits(weight, first + r, c * kChunk);
+    finish(chunk);
+    for (int r = 0; r < rows; ++r) chunk.values[r] += __builtin_popcountll(chunk.mask[r]);
+  }
+}
+
+void write_strip(const Canonical& weight, const int64_t* row_start, const Encoding& encoding, int64_t strip,
+                 uint8_t* out) {
+  const OrderKernels& kernels = order_kernels();
+  uint16_t words[kChunkWeights + 32];
+  // The masks stand at `out`, their weights in `words`.
+  const auto put_coded = [&] {
+    const uint16_t* next = words;
+    uint8_t* run = out + kMaskBytes;
+    for (int i = 0; i < kMaskBytes; i += 8) {
+      uint64_t mask;
+      std::memcpy(&mask, out + i, sizeof(mask));
+      const int count = __builtin_popcountll(mask);
+      encoding.write(next, count, run);
+      run += unstructured::run_bytes(encoding.values, count);
+      next += count;
+    }
+    out = run;
+  };
+  if (!unstructured::is_integer(weight.values)) {
+    each_chunk<uint16_t>(weight, row_start, strip, [&](const auto& rows) {
+      if (encoding.values == Values::kBf16x12) {
+        kernels.coded(rows, out, words);
+        return put_coded();
+      }
+      const int count = kernels.words(rows, out, words);
+      std::memcpy(out + kMaskBytes, words, 2 * count);
+      out += kMaskBytes + 2 * count;
+    });
+    return;
+  }
+  int8_t codes[kChunkWeights + 64];
+  each_chunk<int8_t>(weight, row_start, strip, [&](const auto& rows) {
+    const int count = kernels.bytes(rows, out, codes);
+    if (encoding.values == Values::kInt8) {
+      std::memcpy(out + kMaskBytes, codes, count);
+      out += kMaskBytes + count;
+      return;
+    }
+    for (int i = 0; i < count; ++i) words[i] = static_cast<uint16_t>(codes[i]);
+    put_coded();
+  });
 }
 
 }  // namespace
 
-const unstructured::Stream kStream{kMagic, kPanelRows, 0, panel_size, write_panel};
+const unstructured::Stream kStream{kMagic, kStripRows, kStripRows, strip_size, write_strip};
 
 int64_t count_nonzero(const uint16_t* values, int64_t count, const ThreadPool& pool) {
   constexpr int64_t kBlock = 16384;  // fits a 16-bit counter, which vectors count in

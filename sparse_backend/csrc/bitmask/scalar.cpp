@@ -5,109 +5,92 @@
 namespace sparse_backend::bitmask {
 namespace {
 
-template <Values kKind>
-struct Scalar {
+template <class T>
+struct RowsOf {
+  T lane[kStripRows];
+};
+
+// A mask's weights [row][column] as `Element`s, added up to `Lane`s.
+template <Values kKind, class Element_, class Lane>
+struct ScalarBase {
   static constexpr Values kValues = kKind;
-  using Decoder = unstructured::ScalarDecoder;
-  using Stored = uint16_t;
-  static constexpr int kBlock = 8;
-  static constexpr int kParts = 1;
-  static constexpr int kElements = 8;
-  static constexpr int kGemvTokens = 2;
-  static constexpr int kGemmTile = 4;
-  using Element = float;
-  using Masks = MaskWords;
+  static constexpr int kColumns = mask_columns(kKind);
+  static constexpr int kOperands = 1, kSums = 1;
+  static constexpr int kVectorBytes = kStripRows * kColumns * static_cast<int>(sizeof(Element_));
+  static constexpr int kGemvTokens = 2, kTileStrips = 1, kGemmTile = 4, kTileStep = 1;
+  static constexpr bool kReorder = false;
+  static constexpr int streams(int) { return 1; }
+  static constexpr int sum_of(int) { return 0; }
+  using Table = ExponentTable;
+  using Element = Element_;
   struct Operand {
-    float lane[kElements];
+    Element weight[kStripRows][kColumns];
   };
-  using Accumulator = Operand;
+  struct Broadcast {
+    Element column[kColumns];
+  };
+  using Accumulator = RowsOf<Lane>;
+  using Rows = Accumulator;
+  using Sums = RowsOf<float>;
 
-  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 2 : 1; }
-
-  static void decode(const Masks& masks, int row, int block, const uint16_t*& values, Operand out[kParts]) {
-    const auto mask = static_cast<uint32_t>(masks.mask[row] >> (block * kBlock));
-    for (int i = 0; i < kBlock; ++i) {
-      const bool stored = (mask >> i) & 1U;
-      const uint16_t bits = stored ? *values : uint16_t{0};
-      values += stored;
-      out[0].lane[i] = kKind == Values::kFp16 ? float_from_fp16(bits) : float_from_bf16(bits);
+  static void decode(const uint8_t* masks, int i, const uint8_t*& run, const Table& table,
+                     Operand out[kOperands]) {
+    constexpr int kBits = kStripRows * kColumns;
+    const auto stored = [&](int bit) { return (masks[(i * kBits + bit) / 8] >> (bit % 8)) & 1; };
+    int count = 0;
+    for (int bit = 0; bit < kBits; ++bit) count += stored(bit);
+    uint16_t words[kBits];
+    if constexpr (unstructured::ScalarDecoder::plain<kKind>()) {
+      std::memcpy(words, run, 2 * count);
+    } else {
+      unstructured::ScalarDecoder::decode<kKind>(run, count, 0, table, words);
+    }
+    run += unstructured::run_bytes(kKind, count);
+    const uint16_t* next = words;
+    for (int bit = 0; bit < kBits; ++bit) {
+      const uint16_t word = stored(bit) ? *next++ : uint16_t{0};
+      const Place at = place_of(kKind, bit);
+      Element& to = out[0].weight[at.row][at.column];
+      if constexpr (unstructured::is_integer(kKind)) {
+        to = static_cast<int16_t>(word);
+      } else {
+        to = kKind == Values::kFp16 ? float_from_fp16(word) : float_from_bf16(word);
+      }
     }
   }
-
-  static Operand load(const float* p) {
+  static Broadcast broadcast(const uint8_t* x, int) {
+    Broadcast b;
+    std::memcpy(b.column, x, sizeof(b.column));
+    return b;
+  }
+  static Operand load(const uint8_t* p) {
     Operand v;
-    std::memcpy(v.lane, p, sizeof(v.lane));
+    std::memcpy(v.weight, p, sizeof(v.weight));
     return v;
   }
-  static void store(float* p, const Operand& v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
+  static void store(uint8_t* p, const Operand& v) { std::memcpy(p, v.weight, sizeof(v.weight)); }
   static Accumulator zero() { return Accumulator{}; }
-
-  static Accumulator multiply_add(const Operand& w, const Operand& x, Accumulator acc) {
-    for (int i = 0; i < kElements; ++i) acc.lane[i] += w.lane[i] * x.lane[i];
+  static Accumulator multiply_add(const Operand& w, const Broadcast& x, Accumulator acc) {
+    for (int r = 0; r < kStripRows; ++r) {
+      for (int c = 0; c < kColumns; ++c) acc.lane[r] += w.weight[r][c] * x.column[c];
+    }
     return acc;
   }
-
-  static float reduce(const Accumulator& acc) {
-    const float* v = acc.lane;
-    return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
-  }
-
-  static void prepare_block(const uint8_t* x, DType dtype, float* out) {
-    for (int i = 0; i < kBlock; ++i) out[i] = load_as_float(x, dtype, i);
-  }
+  static Rows rows(const Accumulator acc[]) { return acc[0]; }
+  static Sums no_sums() { return Sums{}; }
+  static void store_rows(float* out, const Sums& v) { std::memcpy(out, v.lane, sizeof(v.lane)); }
 };
 
 template <Values kKind>
-struct ScalarInteger {
-  static constexpr Values kValues = kKind;
-  using Decoder = unstructured::ScalarDecoder;
-  using Stored = uint16_t;
-  static constexpr int kBlock = 8;
-  static constexpr int kParts = 1;
-  static constexpr int kElements = 8;
-  static constexpr int kGemvTokens = 2;
-  static constexpr int kGemmTile = 4;
-  using Element = int16_t;
-  using Masks = MaskWords;
-  struct Operand {
-    int16_t lane[kElements];
-  };
-  struct Accumulator {
-    int32_t lane[kElements];
-  };
-  using Sum = Scalar<Values::kBf16>::Accumulator;
+struct Scalar : ScalarBase<kKind, float, float> {};
 
-  static constexpr int rows_at_once(int tokens) { return tokens <= 2 ? 2 : 1; }
-
-  static void decode(const Masks& masks, int row, int block, const uint16_t*& values, Operand out[kParts]) {
-    const auto mask = static_cast<uint32_t>(masks.mask[row] >> (block * kBlock));
-    for (int i = 0; i < kBlock; ++i) {
-      const bool stored = (mask >> i) & 1U;
-      out[0].lane[i] = stored ? static_cast<int16_t>(*values) : int16_t{0};
-      values += stored;
-    }
+template <Values kKind>
+struct ScalarInteger : ScalarBase<kKind, int16_t, int32_t> {
+  using Sums = RowsOf<float>;
+  static Sums add_scaled(Sums sums, const RowsOf<int32_t>& rows, const float* scales) {
+    for (int r = 0; r < kStripRows; ++r) sums.lane[r] += static_cast<float>(rows.lane[r]) * scales[r];
+    return sums;
   }
-
-  static Operand load(const int16_t* p) {
-    Operand v;
-    std::memcpy(v.lane, p, sizeof(v.lane));
-    return v;
-  }
-  static void store(int16_t* p, const Operand& v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
-  static Accumulator zero() { return Accumulator{}; }
-  static Sum zero_sum() { return Sum{}; }
-
-  static Accumulator multiply_add(const Operand& w, const Operand& x, Accumulator acc) {
-    for (int i = 0; i < kElements; ++i) acc.lane[i] += w.lane[i] * x.lane[i];
-    return acc;
-  }
-
-  static Sum add_scaled(Sum sum, const Accumulator& acc, float scale) {
-    for (int i = 0; i < kElements; ++i) sum.lane[i] += static_cast<float>(acc.lane[i]) * scale;
-    return sum;
-  }
-
-  static float reduce(const Sum& sum) { return Scalar<Values::kBf16>::reduce(sum); }
 };
 
 }  // namespace

@@ -22,8 +22,7 @@
 
 #include <type_traits>
 
-#include "../activations.h"
-#include "../unstructured/quantise.h"
+#include "../unstructured/prepare_strips.h"
 #include "kernels.h"
 
 namespace sparse_backend::lanes {
@@ -394,54 +393,34 @@ void gemm(const UnitArgs& args) {
   }
 }
 
-template <DType kType, class Element>
-void prepare_typed(const void* x, int64_t k, Element* out) {
-  for (int64_t i = 0; i < k; ++i) {
-    const float value = read_float<kType>(x, i);
-    if constexpr (std::is_same_v<Element, float>) {
-      out[i] = value;
-    } else {
-      out[i] = bf16_from_float(value);
-    }
-  }
-}
-
 template <class Simd>
 float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
-  using Element = typename Simd::Element;
-  auto* dst = static_cast<Element*>(out);
-  const int64_t padded = round_up(k, kBlockColumns);
-  if constexpr (kInteger<Simd>) {
-    return unstructured::quantise_int16(x, dtype, k, padded, limit, dst);
-  } else {
-    (void)limit;
-    std::memset(dst + k, 0, (padded - k) * sizeof(Element));
-    if (dtype == DType::kBf16) prepare_typed<DType::kBf16>(x, k, dst);
-    if (dtype == DType::kFp16) prepare_typed<DType::kFp16>(x, k, dst);
-    if (dtype == DType::kFp32) prepare_typed<DType::kFp32>(x, k, dst);
-    return 1.0F;
-  }
+  return unstructured::prepare_activations<typename Simd::Element>(x, dtype, k, kBlockColumns, limit, out);
 }
 
 template <class Simd>
 constexpr Kernels make_kernels(const char* name) {
-  return Kernels{name,
-                 sizeof(typename Simd::Element),
-                 Simd::kGemvTokens,
-                 Simd::kOffset != 0,
-                 Simd::kGemmTile,
-                 prepare<Simd>,
-                 gemv<Simd>,
-                 gemm<Simd>};
+  Kernels k{};
+  k.name = name;
+  k.x_element_bytes = sizeof(typename Simd::Element);
+  k.x_unit_bytes = 4;
+  k.column_step = kBlockColumns;
+  k.gemv_tokens = Simd::kGemvTokens;
+  k.wants_sums = Simd::kOffset != 0;
+  k.gemm_tokens = kGemmTokens;
+  k.gemm_tile = Simd::kGemmTile;
+  k.tile_step = 1;
+  k.scratch_bytes = kScratchBytes;
+  k.prepare = prepare<Simd>;
+  k.gemv = gemv<Simd>;
+  k.gemm = gemm<Simd>;
+  return k;
 }
 
 template <template <Values> class Floats, template <Values> class Integers>
 const Kernels& pick_kernels(Values values, const char* name) {
-  static const Kernels table[] = {
-      make_kernels<Floats<Values::kBf16>>(name), make_kernels<Floats<Values::kFp16>>(name),
-      make_kernels<Floats<Values::kBf16x12>>(name), make_kernels<Integers<Values::kInt8>>(name),
-      make_kernels<Integers<Values::kInt4>>(name)};
-  return table[static_cast<int>(values)];
+  return unstructured::kernel_table<Floats, Integers>(
+      values, [&](auto simd) { return make_kernels<decltype(simd)>(name); });
 }
 
 }  // namespace

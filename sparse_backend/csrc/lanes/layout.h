@@ -10,13 +10,13 @@
 
 #include <cstdint>
 
-#include "../unstructured/values.h"
+#include "../unstructured/strips.h"
 
 namespace sparse_backend::lanes {
 
+using unstructured::kStripRows;
 using unstructured::Values;
 
-constexpr int kStripRows = 16;
 constexpr int kBlockColumns = 16;
 constexpr int kBlockWeights = kStripRows * kBlockColumns;
 constexpr int64_t kMaxColumns = int64_t{65536} * kBlockColumns;

@@ -107,17 +107,26 @@ void gemv(const UnitArgs& args) {
       const uint8_t* active = block.active;
       alignas(32) int32_t sums[kStripRows];
       for (int slice = 0; slice < kSlices; ++slice) {
-        typename Simd::Vector first = Simd::zero(), last = Simd::zero();
+        typename Simd::Vector acc[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
         for (int j = block.header->steps[slice]; j > 0; --j) {
           const int count = *active++;
           block.prefetch(count);
-          first = step<Simd>(columns, values, count < 8 ? count : 8, x, first);
-          if (count > 8) last = step<Simd>(columns + 16, values + 16, count - 8, x, last);
+          const auto eight = [&](int i) {
+            const int rows = count - 8 * i < 8 ? count - 8 * i : 8;
+            acc[i] = step<Simd>(columns + 16 * i, values + 16 * i, rows, x, acc[i]);
+          };
+          eight(0);
+          if (count > 8) eight(1);
+          if (count > 16) eight(2);
+          if (count > 24) eight(3);
           columns += 2 * count;
           values += 2 * count;
         }
-        std::memcpy(sums + slice * kSliceRows, &first, sizeof(first));
-        std::memcpy(sums + slice * kSliceRows + 8, &last, sizeof(last));
+        for (int i = 0; i < 4; ++i) {  // to their slots
+          int32_t* to = sums + slice * kSliceRows;
+          std::memcpy(to + slot(8 * i), &acc[i], 16);
+          std::memcpy(to + slot(8 * i + 4), reinterpret_cast<const uint8_t*>(&acc[i]) + 16, 16);
+        }
       }
       const float* scales = block_scales<Simd>(args, b, s);
       float* out = args.out + s * kStripRows;
@@ -137,17 +146,12 @@ void gemv(const UnitArgs& args) {
 
 // Activations as floats, or as int32 for integer values; a block of zeros after the last.
 template <Values kKind>
-float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
+float prepare(const void* x, DType dtype, int64_t k, int limit, int, int, int16_t* spare, void* out) {
   const int64_t padded = round_up(k, kBlockColumns) + kBlockColumns;
   if constexpr (unstructured::is_integer(kKind)) {
-    // Quantised into the upper half of the buffer, then widened from the front.
-    int16_t* narrow = static_cast<int16_t*>(out) + padded;
-    const float scale = unstructured::quantise_int16(x, dtype, k, padded, limit, narrow);
-    int32_t* wide = static_cast<int32_t*>(out);
-    for (int64_t i = 0; i < padded; ++i) {
-      const int32_t value = narrow[i];
-      std::memcpy(wide + i, &value, sizeof(value));
-    }
+    const float scale = unstructured::quantise_int16(x, dtype, k, padded, limit, spare);
+    auto* wide = static_cast<int32_t*>(out);
+    for (int64_t i = 0; i < padded; ++i) wide[i] = spare[i];
     return scale;
   }
   float* floats = static_cast<float*>(out);

@@ -7,8 +7,8 @@
 //   add_scaled(out, acc, scale)            out[kLanes] += acc * scale
 //
 // A row's entries of a block are summed in order, two by two, into one accumulator that starts at
-// zero; the blocks' sums are added in order. `gemv` and `batch` do the same, in every instruction
-// set: results depend on none of batch, threads and machine.
+// zero; the blocks' sums are added in order. `gemv` and `batch` do the same: results depend on neither batch nor
+// threads, nor on the instruction set, but for vdpbf16ps, which rounds differently.
 #pragma once
 
 #include "../unstructured/quantise.h"
@@ -99,7 +99,7 @@ void batch_vectors(const UnitArgs& args) {
         offsets[i] = static_cast<uint32_t>(block.columns[i]) * static_cast<uint32_t>(column_bytes);
       }
       int row_of[kStripRows];
-      for (int r = 0; r < kStripRows; ++r) row_of[block.header->rank[r]] = r;
+      for (int r = 0; r < kStripRows; ++r) row_of[block.header->rank[r]] = r;  // by slot
       const float* scales = block_scales<Simd>(args, b, s);
       float* out = args.out + int64_t{s} * kStripRows * args.token_stride;
       const uint8_t* active = block.active;
@@ -131,7 +131,7 @@ void batch_vectors(const UnitArgs& args) {
               acc[v] = Simd::multiply_add(weights[at + 1], x1 + v * Simd::kLanes * 4, acc[v]);
             }
           }
-          const int row = row_of[slice * kSliceRows + lane];
+          const int row = row_of[slice * kSliceRows + slot(lane)];
           const float scale = scales == nullptr ? 1.0F : scales[row];
 #pragma GCC unroll 4
           for (int v = 0; v < kVectors; ++v) {

@@ -11,11 +11,10 @@ namespace sparse_backend::sell {
 using unstructured::ExponentTable;
 using unstructured::Values;
 
-// Strips a kernel call computes, block by block in turn: they share the block's activations while
-// those are in L1, and memory delivers several streams faster than one.
+// Most strips a kernel call computes, block by block in turn: they share the block's activations.
 constexpr int kUnitStrips = 8;
 constexpr int kUnitRows = kUnitStrips * kStripRows;
-// Tokens per call of the batched kernel: 128 columns of them are 32 KB.
+// Tokens per call: 128 columns of them are 32 KB of floats.
 constexpr int kBatchTokens = 64;
 // Entries that the words of a block may need, padded to what decoders write.
 constexpr int kBlockWords = kMostEntries + unstructured::kDecodeGroup;
@@ -31,24 +30,27 @@ struct UnitArgs {
   int64_t scale_stride;            // floats from one group to the next
   int64_t group_blocks;            // blocks per group of scales; 0: one group
   const void* x;                   // prepared activations
-  int token_stride;                // batched: tokens a prepared column holds, a multiple of `lanes`
-  float* out;     // [strips * kStripRows][token_stride], [..][1] for gemv; of integer values before the
-                  // activations' scales
+  int tokens;
+  int token_stride;                // batch: tokens a prepared column holds, a multiple of `lanes`
+  // gemv: [tokens][kUnitRows]; batch: [strips * kStripRows][token_stride]. Of integer values before the
+  // activations' scales.
+  float* out;
   void* scratch;  // kScratchBytes, 64-byte aligned
 };
 
 // One instruction set's kernels for one kind of stored values.
 struct Kernels {
   const char* name;
-  // One token. nullptr, or not for this type of activations: `batch` does it.
+  // 1..gemv_most tokens. nullptr, or not for this type of activations: `batch` does it.
   void (*gemv)(const UnitArgs& args);
-  int gemv_tokens;  // so many tokens are faster one by one than with `batch`
+  int gemv_most;
   bool (*gemv_takes)(DType x_type);
   int64_t gemv_element_bytes;  // of prepared activations
-  // Converts a row of `k` activations for gemv, zero-padded to a multiple of kBlockColumns; there is
-  // room for a block more. For integer values they are integers of magnitude up to `limit`; returns their
-  // scale.
-  float (*prepare)(const void* x, DType dtype, int64_t k, int limit, void* out);
+  // Prepares the `k` activations of token `token` of `tokens` for gemv, zero-padded to a multiple of
+  // kBlockColumns; in `out` and `spare` there is room for a block more for each. For integer values they are
+  // integers of magnitude up to `limit`; returns their scale.
+  float (*prepare)(const void* x, DType dtype, int64_t k, int limit, int token, int tokens, int16_t* spare,
+                   void* out);
   // Up to kBatchTokens tokens. Prepared: [column][token_stride] of 4 bytes, float or int32.
   void (*batch)(const UnitArgs& args);
   int lanes;
@@ -58,6 +60,7 @@ const Kernels& scalar_kernels(Values values);
 #if defined(__x86_64__)
 const Kernels& avx2_kernels(Values values);
 const Kernels& avx512_kernels(Values values);
+const Kernels& avx512_bf16_kernels(Values values);  // bf16 values and activations, vdpbf16ps
 #endif
 
 }  // namespace sparse_backend::sell

@@ -4,23 +4,19 @@
 #include "../parallel.h"
 #include "../scratch.h"
 #include "../unstructured/quantise.h"
+#include "../unstructured/select.h"
 
 namespace sparse_backend::sell {
 namespace {
 
-const Kernels& select(Values values) {
+constexpr unstructured::Levels<Kernels> kLevels{
+    scalar_kernels,
 #if defined(__x86_64__)
-  switch (active_isa()) {
-    case Isa::kAvx512:
-      return avx512_kernels(values);
-    case Isa::kAvx2:
-      return avx2_kernels(values);
-    case Isa::kScalar:
-      break;
-  }
+    avx2_kernels,
+    avx512_kernels,
+    avx512_bf16_kernels,
 #endif
-  return scalar_kernels(values);
-}
+};
 
 // Tokens a prepared column of the batched kernels holds: 1, 2, 4 or 8 vectors.
 int token_stride(int tokens, int lanes) {
@@ -70,23 +66,33 @@ void prepare_batch(const Call& c, int64_t token, int tokens, int stride, uint8_t
   });
 }
 
-// Tokens [token, token + tokens), one by one with gemv or together with the batched kernel.
+// Activations for gemv.
+void prepare_gemv(const Call& c, int64_t token, int tokens, uint8_t* out, float* x_scales) {
+  const int64_t k = c.weight.header.in_features, row_bytes = k * element_bytes(c.args.x_type);
+  const auto* x = static_cast<const uint8_t*>(c.args.x) + token * row_bytes;
+  const int limit = unstructured::activation_limit(c.weight.header);
+  parallel_ranges(c.pool, tokens, 32768 / (k + 1) + 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch memory;
+    auto* spare = reinterpret_cast<int16_t*>(memory.reserve(2 * (c.blocks() + 1) * kBlockColumns));
+    for (int64_t t = begin; t < end; ++t) {
+      x_scales[t] = c.kernels.prepare(x + t * row_bytes, c.args.x_type, k, limit, static_cast<int>(t), tokens,
+                                      spare, out);
+    }
+  });
+}
+
+// Tokens [token, token + tokens), with gemv or with the batched kernel.
 void run(const Call& c, int64_t token, int tokens, bool gemv) {
   const unstructured::Header& h = c.weight.header;
-  const int64_t k = h.in_features, n = h.out_features, padded = c.blocks() * kBlockColumns;
-  const int stride = gemv ? 1 : token_stride(tokens, c.kernels.lanes);
+  const int64_t n = h.out_features, padded = c.blocks() * kBlockColumns;
+  const int stride = token_stride(tokens, c.kernels.lanes);
   thread_local Scratch prepared_memory;
-  const int64_t token_bytes = (padded + kBlockColumns) * c.kernels.gemv_element_bytes;  // for gemv
-  const int64_t x_bytes = gemv ? tokens * token_bytes : padded * int64_t{4} * stride;
+  const int64_t x_bytes = gemv ? tokens * (padded + kBlockColumns) * c.kernels.gemv_element_bytes
+                               : padded * int64_t{4} * stride;
   uint8_t* prepared = prepared_memory.reserve(x_bytes + int64_t{kBatchTokens} * 4);
   float* x_scales = reinterpret_cast<float*>(prepared + x_bytes);
   if (gemv) {
-    const int64_t row_bytes = k * element_bytes(c.args.x_type);
-    const uint8_t* x = static_cast<const uint8_t*>(c.args.x) + token * row_bytes;
-    for (int t = 0; t < tokens; ++t) {
-      x_scales[t] = c.kernels.prepare(x + t * row_bytes, c.args.x_type, k, unstructured::activation_limit(h),
-                                      prepared + t * token_bytes);
-    }
+    prepare_gemv(c, token, tokens, prepared, x_scales);
   } else {
     prepare_batch(c, token, tokens, stride, prepared, x_scales);
   }
@@ -95,12 +101,14 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
   // at least eight pieces per thread, as some cores may be half as fast as others.
   const int64_t work = h.stored * (gemv ? tokens : stride);
   const int64_t pieces = work < 131072 ? 1 : 8 * int64_t{c.pool.threads};
+  const int64_t most = gemv && reads_one_stream() ? 1 : kUnitStrips;
   int64_t strips = h.parts / pieces;
-  strips = strips < 1 ? 1 : strips > kUnitStrips ? kUnitStrips : strips;
+  strips = strips < 1 ? 1 : strips > most ? most : strips;
   const int64_t units = (h.parts + strips - 1) / strips;
-  parallel_ranges(c.pool, units, work < 131072 ? units : 1, [&](int64_t begin, int64_t end) {
+  const int64_t range = units / pieces > 0 ? units / pieces : 1;
+  parallel_ranges(c.pool, units, work < 131072 ? units : range, [&](int64_t begin, int64_t end) {
     thread_local Scratch memory;
-    const int64_t out_bytes = int64_t{kUnitRows} * stride * 4;
+    const int64_t out_bytes = int64_t{kUnitRows} * (gemv ? tokens : stride) * 4;
     uint8_t* scratch = memory.reserve(out_bytes + kScratchBytes);
     UnitArgs unit{};
     unit.blocks = c.blocks();
@@ -108,6 +116,7 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
     unit.scale_stride = n;
     unit.group_blocks = h.group_size / kBlockColumns;
     unit.x = prepared;
+    unit.tokens = tokens;
     unit.token_stride = stride;
     unit.out = reinterpret_cast<float*>(scratch);
     unit.scratch = scratch + out_bytes;
@@ -118,40 +127,35 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
       for (int s = 0; s < unit.strips; ++s) unit.strip[s] = c.weight.stream + c.weight.offsets[first + s];
       int64_t rows = unit.strips * int64_t{kStripRows};
       if (n - first_row < rows) rows = n - first_row;
-      const auto store = [&](int first_token, int count) {
-        unstructured::store_results(c.weight, c.args, x_scales + first_token, token + first_token, count,
-                                    first_row, rows,
-                                    [&](int t, int64_t r) { return unit.out[r * stride + t]; });
-      };
-      if (!gemv) {
-        c.kernels.batch(unit);
-        store(0, tokens);
-      }
-      for (int t = 0; gemv && t < tokens; ++t) {  // from the second token on the unit comes from the L2 cache
-        unit.x = prepared + t * token_bytes;
-        c.kernels.gemv(unit);
-        store(t, 1);
-      }
+      (gemv ? c.kernels.gemv : c.kernels.batch)(unit);
+      unstructured::store_results(c.weight, c.args, x_scales, token, tokens, first_row, rows,
+                                  [&](int t, float* out) {
+                                    if (gemv) {
+                                      std::memcpy(out, unit.out + t * kUnitRows, rows * sizeof(float));
+                                      return;
+                                    }
+                                    for (int64_t r = 0; r < rows; ++r) out[r] = unit.out[r * stride + t];
+                                  });
     }
   });
 }
 
 }  // namespace
 
-const char* kernel_name(Values values) { return select(values).name; }
+const char* kernel_name(Values values, DType x_type) { return select(kLevels, values, x_type).name; }
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
-  linear_with(select(w.header.values), w, args, pool);
+  linear_with(select(kLevels, w.header.values, args.x_type), w, args, pool);
 }
 
 void linear_with(const Kernels& kernels, const unstructured::View& w, const unstructured::LinearArgs& args,
                  const ThreadPool& pool) {
   const Call call{w, args, kernels, pool};
-  const bool gemv = call.kernels.gemv != nullptr && call.kernels.gemv_takes(args.x_type);
+  const bool takes = kernels.gemv != nullptr && kernels.gemv_takes(args.x_type);
   for (int64_t token = 0; token < args.tokens; token += kBatchTokens) {
     const int64_t left = args.tokens - token;
     const int tokens = static_cast<int>(left < kBatchTokens ? left : kBatchTokens);
-    run(call, token, tokens, gemv && tokens <= kernels.gemv_tokens);
+    run(call, token, tokens, takes && tokens <= kernels.gemv_most);
   }
 }
 

@@ -75,7 +75,7 @@ void write_strip(const unstructured::Canonical& weight, const int64_t* row_start
       const int steps = (count[slice[0]] + 1) / 2;
       header.steps[s] = static_cast<uint8_t>(steps);
       for (int lane = 0; lane < kSliceRows; ++lane) {
-        header.rank[slice[lane]] = static_cast<uint8_t>(s * kSliceRows + lane);
+        header.rank[slice[lane]] = static_cast<uint8_t>(s * kSliceRows + slot(lane));
       }
       for (int step = 0; step < steps; ++step) {
         int lane = 0;

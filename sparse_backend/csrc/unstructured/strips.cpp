@@ -1,0 +1,151 @@
+#include "strips.h"
+
+#include "../parallel.h"
+#include "../scratch.h"
+#include "linear.h"
+
+namespace sparse_backend::unstructured {
+namespace {
+
+constexpr int kSumColumns = 16;
+
+// Units of one token after the other, into their place among `together` tokens.
+template <class Unit>
+void interleave(const uint8_t* row, int64_t bytes, int64_t token, int64_t together, uint8_t* tile) {
+  const auto* in = reinterpret_cast<const Unit*>(row);
+  auto* out = reinterpret_cast<Unit*>(tile) + token;
+  for (int64_t i = 0; i < bytes / int64_t{sizeof(Unit)}; ++i) out[i * together] = in[i];
+}
+
+void interleave(const StripKernels& kernels, const uint8_t* row, int64_t bytes, int64_t token,
+                int64_t together, uint8_t* tile) {
+  struct TwoWords {
+    uint64_t word[2];
+  };
+  switch (kernels.x_unit_bytes) {
+    case 4:
+      return interleave<uint32_t>(row, bytes, token, together, tile);
+    case 8:
+      return interleave<uint64_t>(row, bytes, token, together, tile);
+    default:
+      return interleave<TwoWords>(row, bytes, token, together, tile);
+  }
+}
+
+// The activations of one call's tokens.
+struct Prepared {
+  uint8_t* x;
+  float* scales;
+  int32_t* sums;
+  int64_t row_bytes;
+  int64_t sum_stride;
+  int height;  // tokens of a tile
+};
+
+Prepared prepare(const StripKernels& kernels, const View& w, const LinearArgs& args, int64_t token,
+                 int tokens, bool batched, const ThreadPool& pool) {
+  const int64_t k = w.header.in_features, x_row_bytes = k * element_bytes(args.x_type);
+  const int64_t padded = round_up(k, kernels.column_step);
+  const int step = batched ? kernels.tile_step : 1;
+  // Tiles of equal height: 8 tokens are 4 and 4, not 6 and 2.
+  const int tiles = batched ? (tokens + kernels.gemm_tile - 1) / kernels.gemm_tile : 1;
+  Prepared p{};
+  p.height = static_cast<int>(round_up((tokens + tiles - 1) / tiles, step));
+  p.row_bytes = padded * kernels.x_element_bytes;
+  p.sum_stride = padded / kSumColumns;
+  const int64_t places = round_up(tokens, step);
+  const int64_t sum_bytes = kernels.wants_sums ? tokens * p.sum_stride * int64_t{sizeof(int32_t)} : 0;
+  thread_local Scratch memory;
+  p.x = memory.reserve(places * p.row_bytes + places * int64_t{sizeof(float)} + sum_bytes);
+  p.scales = reinterpret_cast<float*>(p.x + places * p.row_bytes);
+  p.sums = reinterpret_cast<int32_t*>(p.scales + places);
+  const uint8_t* x = static_cast<const uint8_t*>(args.x) + token * x_row_bytes;
+  const int limit = activation_limit(w.header);
+  constexpr int64_t kPrepareElements = 32768;  // waking the pool costs microseconds
+  // Tile by tile: the tokens of one share cache lines.
+  const int64_t count = (tokens + p.height - 1) / p.height;
+  parallel_ranges(pool, count, kPrepareElements / (p.height * (k + 1)) + 1, [&](int64_t begin, int64_t end) {
+    thread_local Scratch row_memory;
+    uint8_t* row = row_memory.reserve(p.row_bytes);
+    for (int64_t first = begin * p.height; first < end * p.height && first < tokens; first += p.height) {
+      const int64_t here = tokens - first < p.height ? tokens - first : p.height;
+      const int64_t together = round_up(here, step);
+      uint8_t* tile = p.x + first * p.row_bytes;
+      for (int64_t t = first; t < first + here; ++t) {
+        uint8_t* converted = together == 1 ? tile : row;
+        p.scales[t] = kernels.prepare(x + t * x_row_bytes, args.x_type, k, limit, converted);
+        for (int64_t b = 0; kernels.wants_sums && b < p.sum_stride; ++b) {
+          const auto* block = reinterpret_cast<const int16_t*>(converted) + b * kSumColumns;
+          int32_t sum = 0;
+          for (int i = 0; i < kSumColumns; ++i) sum += block[i];
+          p.sums[t * p.sum_stride + b] = sum;
+        }
+        if (together > 1) interleave(kernels, row, p.row_bytes, t - first, together, tile);
+      }
+      if (together > here) std::memset(row, 0, p.row_bytes);
+      for (int64_t t = here; t < together; ++t) {
+        interleave(kernels, row, p.row_bytes, t, together, tile);
+      }
+    }
+  });
+  return p;
+}
+
+}  // namespace
+
+void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs& args,
+                   const ThreadPool& pool) {
+  const Header& h = w.header;
+  const int64_t k = h.in_features, n = h.out_features, groups = scale_groups(h);
+  const bool batched = args.tokens > kernels.gemv_tokens;
+  const int64_t most = batched ? kernels.gemm_tokens : kernels.gemv_tokens;
+  for (int64_t token = 0; token < args.tokens; token += most) {
+    const int tokens = static_cast<int>(args.tokens - token < most ? args.tokens - token : most);
+    const Prepared prepared = prepare(kernels, w, args, token, tokens, batched, pool);
+    // Small matrices stay on this thread; large ones are cut into at least eight pieces per thread, as some
+    // cores may be half as fast as others.
+    constexpr int64_t kMultiplyAdds = 262144;
+    const int64_t units = (h.parts + kUnitStrips - 1) / kUnitStrips;
+    int64_t range = kMultiplyAdds / (kUnitStrips * kStripRows * (k + 1) * tokens) + 1;
+    const int64_t even_share = units / (8 * int64_t{pool.threads}) + 1;
+    if (units > range && range < even_share) range = even_share;
+    parallel_ranges(pool, units, range, [&](int64_t begin, int64_t end) {
+      thread_local Scratch memory;
+      const int64_t result_bytes = int64_t{kUnitStrips} * kStripRows * tokens * 4;
+      uint8_t* scratch = memory.reserve(result_bytes + kernels.scratch_bytes);
+      StripArgs unit{};
+      unit.columns = k;
+      unit.exponents = &h.exponents;
+      unit.group_columns = h.group_size;
+      unit.x = prepared.x;
+      unit.x_row_bytes = prepared.row_bytes;
+      unit.tile_tokens = prepared.height;
+      unit.strip_scales = groups * kStripRows;
+      unit.x_sums = prepared.sums;
+      unit.x_sum_stride = prepared.sum_stride;
+      unit.tokens = tokens;
+      unit.out = reinterpret_cast<float*>(scratch);
+      unit.scratch = scratch + result_bytes;
+      for (int64_t u = begin; u < end; ++u) {
+        const int64_t first = u * kUnitStrips, row = first * kStripRows;
+        unit.strips = static_cast<int>(h.parts - first < kUnitStrips ? h.parts - first : kUnitStrips);
+        unit.scales = w.scales + row * groups;
+        for (int s = 0; s < unit.strips; ++s) {
+          const uint64_t offset = w.offsets[first + s];
+          unit.strip[s] = offset == w.offsets[first + s + 1] ? nullptr : w.stream + offset;
+        }
+        (batched ? kernels.gemm : kernels.gemv)(unit);
+        const int64_t rows = unit.strips * int64_t{kStripRows};
+        store_results(w, args, prepared.scales, token, tokens, row, n - row < rows ? n - row : rows,
+                      [&](int t, float* out) {
+                        for (int s = 0; s < unit.strips; ++s) {
+                          std::memcpy(out + s * kStripRows, unit.out + (s * tokens + t) * kStripRows,
+                                      kStripRows * sizeof(float));
+                        }
+                      });
+      }
+    });
+  }
+}
+
+}  // namespace sparse_backend::unstructured

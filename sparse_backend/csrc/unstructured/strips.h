@@ -1,0 +1,59 @@
+// What the formats cut into strips of 16 rows share (bitmask/, lanes/): a 32-bit lane is a row, so no
+// sum crosses lanes and an activation is one broadcast. The driver is strips.cpp.
+#pragma once
+
+#include "values.h"
+
+namespace sparse_backend::unstructured {
+
+struct View;
+struct LinearArgs;
+
+constexpr int kStripRows = 16;
+// Strips per kernel call: memory delivers several streams faster than one.
+constexpr int kUnitStrips = 4;
+
+struct StripArgs {
+  const uint8_t* strip[kUnitStrips];  // the stream of each; nullptr for one that stores nothing
+  int strips;                         // 1..kUnitStrips
+  int64_t columns;
+  const ExponentTable* exponents;  // of kBf16x12 values
+  const float* scales;             // integer values: of the first strip, [groups][kStripRows]
+  int64_t strip_scales;            // floats from one strip's scales to the next one's
+  int64_t group_columns;           // columns per group of scales; 0: one group
+  const uint8_t* x;       // activations in tiles of tokens: [tile][x_unit_bytes' worth of columns][token]
+  int64_t x_row_bytes;    // of one token
+  int tile_tokens;        // of a tile; the last one may have fewer
+  const int32_t* x_sums;  // [tokens][x_sum_stride] sums of 16 columns, for kernels that ask
+  int64_t x_sum_stride;
+  int tokens;
+  float* out;     // [strips][tokens][kStripRows]; of integer values before the activations' scales
+  void* scratch;  // StripKernels::scratch_bytes, 64-byte aligned
+};
+
+// One instruction set's kernels for one kind of stored values.
+struct StripKernels {
+  const char* name;
+  int64_t x_element_bytes;  // of the prepared activations
+  int64_t x_unit_bytes;     // of a token's activations that stand together in a tile: 4, 8 or 16
+  int64_t column_step;      // activations are zero-padded to a multiple of so many columns
+  int gemv_tokens;          // batches up to this size are faster with `gemv`
+  bool wants_sums;          // of the activations, 16 by 16
+  int gemm_tokens;          // most tokens per call of `gemm`
+  int gemm_tile;            // most tokens in a tile of `gemm`; of `gemv` all are one
+  int tile_step;            // a tile of `gemm` has room for a multiple of so many tokens, padded with zeros
+  int64_t scratch_bytes;    // per thread
+  // Converts one token's `k` activations, zero-padded. For integer values they are int16 below `limit`;
+  // returns their scale.
+  float (*prepare)(const void* x, DType dtype, int64_t k, int limit, void* out);
+  // Decodes into registers, for 1..gemv_tokens tokens.
+  void (*gemv)(const StripArgs& args);
+  // Decodes blocks of columns into scratch memory, for 1..gemm_tokens tokens.
+  void (*gemm)(const StripArgs& args);
+};
+
+// y = x W^T + bias: prepares the activations, splits the strips over threads, converts the results.
+void strips_linear(const StripKernels& kernels, const View& weight, const LinearArgs& args,
+                   const ThreadPool& pool);
+
+}  // namespace sparse_backend::unstructured
