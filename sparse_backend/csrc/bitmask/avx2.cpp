@@ -92,7 +92,7 @@ struct Avx2Shape {
 template <Values kKind>
 struct Avx2 : Avx2Shape<kKind> {
   // A byte of a mask each: of kBf16x12 four rows' first two columns, then their last two.
-  static constexpr int kPairs = mask_columns(kKind) / 2, kOperands = 4 * kPairs;
+  static constexpr int kPairs = mask_columns(kKind) / 2, kOperands = 4 * kPairs, kBroadcasts = kPairs;
   static constexpr int sum_of(int o) { return o / kPairs; }
   using Element = float;
   using Operand = __m256;
@@ -118,8 +118,8 @@ struct Avx2 : Avx2Shape<kKind> {
       }
     }
   }
-  static inline __m256 broadcast(const uint8_t* x, int o) {
-    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x) + o % kPairs));
+  static inline __m256 broadcast(const uint8_t* x) {
+    return _mm256_castpd_ps(_mm256_broadcast_sd(reinterpret_cast<const double*>(x)));
   }
   static inline Operand load(const uint8_t* p) { return _mm256_load_ps(reinterpret_cast<const float*>(p)); }
   static inline void store(uint8_t* p, Operand v) { _mm256_store_ps(reinterpret_cast<float*>(p), v); }
@@ -144,7 +144,7 @@ struct Avx2 : Avx2Shape<kKind> {
 // Integer values: sixteen int16 products summed in pairs.
 template <Values kKind>
 struct Avx2Integer : Avx2Shape<kKind> {
-  static constexpr int kOperands = 4;
+  static constexpr int kOperands = 4, kBroadcasts = 1;
   static constexpr int sum_of(int o) { return o; }
   using Element = int16_t;
   using Operand = __m256i;
@@ -166,7 +166,7 @@ struct Avx2Integer : Avx2Shape<kKind> {
       out[o] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
     }
   }
-  static inline __m256i broadcast(const uint8_t* x, int) {
+  static inline __m256i broadcast(const uint8_t* x) {
     int64_t columns;
     std::memcpy(&columns, x, sizeof(columns));
     return _mm256_set1_epi64x(columns);
@@ -195,6 +195,9 @@ struct Avx2Integer : Avx2Shape<kKind> {
 
 }  // namespace
 
-const Kernels& avx2_kernels(Values values) { return pick_kernels<Avx2, Avx2Integer>(values, "avx2"); }
+const Kernels& avx2_kernels(Values values) {
+  return unstructured::kernel_table<Avx2, Avx2Integer>(
+      values, [](auto simd) { return make_kernels<decltype(simd)>("avx2"); });
+}
 
 }  // namespace sparse_backend::bitmask

@@ -10,7 +10,7 @@ namespace {
 // A mask's columns, sixteen floats each.
 template <Values kKind>
 struct Avx512 : Avx512Shape<kKind> {
-  static constexpr int kOperands = mask_columns(kKind);
+  static constexpr int kOperands = mask_columns(kKind), kBroadcasts = kOperands;
   static constexpr bool kReorder = false;
   using Element = float;
   using Operand = __m512;
@@ -35,8 +35,8 @@ struct Avx512 : Avx512Shape<kKind> {
       }
     }
   }
-  static inline __m512 broadcast(const uint8_t* x, int o) {
-    return _mm512_set1_ps(reinterpret_cast<const float*>(x)[o]);
+  static inline __m512 broadcast(const uint8_t* x) {
+    return _mm512_set1_ps(*reinterpret_cast<const float*>(x));
   }
   static inline Operand load(const uint8_t* p) { return _mm512_load_ps(p); }
   static inline void store(uint8_t* p, Operand v) { _mm512_store_ps(reinterpret_cast<float*>(p), v); }
@@ -53,7 +53,7 @@ struct Avx512 : Avx512Shape<kKind> {
 // its odd ones, are operands of a dot product with activations in the order 0, 2, 1, 3.
 template <Values kKind>
 struct Avx512Integer : Avx512Shape<kKind> {
-  static constexpr int kOperands = 2;
+  static constexpr int kOperands = 2, kBroadcasts = 2;
   static constexpr bool kReorder = true;
   using Element = int16_t;
   using Operand = __m512i;
@@ -67,7 +67,7 @@ struct Avx512Integer : Avx512Shape<kKind> {
     out[0] = _mm512_srai_epi16(_mm512_slli_epi16(bytes, 8), 8);
     out[1] = _mm512_srai_epi16(bytes, 8);
   }
-  static inline __m512i broadcast(const uint8_t* x, int o) { return broadcast_dword(x + 4 * o); }
+  static inline __m512i broadcast(const uint8_t* x) { return broadcast_dword(x); }
   static inline Operand load(const uint8_t* p) { return _mm512_load_si512(p); }
   static inline void store(uint8_t* p, Operand v) { _mm512_store_si512(p, v); }
   static inline Accumulator zero() { return _mm512_setzero_si512(); }
@@ -84,6 +84,9 @@ struct Avx512Integer : Avx512Shape<kKind> {
 
 }  // namespace
 
-const Kernels& avx512_kernels(Values values) { return pick_kernels<Avx512, Avx512Integer>(values, "avx512"); }
+const Kernels& avx512_kernels(Values values) {
+  return unstructured::kernel_table<Avx512, Avx512Integer>(
+      values, [](auto simd) { return make_kernels<decltype(simd)>("avx512"); });
+}
 
 }  // namespace sparse_backend::bitmask

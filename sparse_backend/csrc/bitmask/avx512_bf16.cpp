@@ -8,7 +8,7 @@ namespace {
 
 template <Values kKind>
 struct Avx512Bf16 : Avx512Shape<kKind> {
-  static constexpr int kOperands = mask_columns(kKind) / 2;
+  static constexpr int kOperands = mask_columns(kKind) / 2, kBroadcasts = kOperands;
   static constexpr bool kReorder = false;
   using Element = uint16_t;
   using Operand = __m512i;
@@ -20,7 +20,7 @@ struct Avx512Bf16 : Avx512Shape<kKind> {
                             Operand out[kOperands]) {
     next_pairs<kKind>(masks, i, run, table, out);
   }
-  static inline __m512i broadcast(const uint8_t* x, int o) { return broadcast_dword(x + 4 * o); }
+  static inline __m512i broadcast(const uint8_t* x) { return broadcast_dword(x); }
   static inline Operand load(const uint8_t* p) { return _mm512_load_si512(p); }
   static inline void store(uint8_t* p, Operand v) { _mm512_store_si512(p, v); }
   static inline Accumulator zero() { return _mm512_setzero_ps(); }

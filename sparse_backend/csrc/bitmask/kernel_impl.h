@@ -5,12 +5,14 @@
 //   kOperands      multiply-add operands that a decoded mask fills, of kVectorBytes each
 //   kSums          accumulators per strip and token; sum_of(o): which of them operand o goes to
 //   Element        of the prepared activations; kReorder: groups of four columns stand as 0, 2, 1, 3
+//   kBroadcasts    different activations that a mask's operands are multiplied by; operand o takes number
+//                  o % kBroadcasts, of one token kUnitBytes
 //   streams(tokens)  strips side by side that the registers have room for
 //   kGemvTokens    batches up to this size decode into registers
 //   kTileStrips, kGemmTile, kTileStep   the register tile of the batched kernel (strips.h)
 //   Operand, Accumulator
 //   decode(masks, i, run, table, out)   mask i of a chunk and its run, which it moves past
-//   broadcast(x, o)   what operand o is multiplied by, of one token's columns of a mask
+//   broadcast(x)   what an operand is multiplied by
 //   load, store, zero, multiply_add
 //   Rows, rows(accumulators)   16 rows' totals; for floats store_rows(out, rows)
 //   for integer values: Sums, no_sums(), add_scaled(sums, rows, scales), store_rows(out, sums)
@@ -35,17 +37,18 @@ template <class Simd>
 constexpr bool kInteger = unstructured::is_integer(Simd::kValues);
 template <class Simd>
 constexpr int kMasks = kChunk / mask_columns(Simd::kValues);
-// Of one token's activations for one mask, and for one chunk.
+// Of one token's activations: for one broadcast, and for a chunk.
 template <class Simd>
-constexpr int kUnitBytes = mask_columns(Simd::kValues) * static_cast<int>(sizeof(typename Simd::Element));
+constexpr int kUnitBytes = mask_columns(Simd::kValues) * static_cast<int>(sizeof(typename Simd::Element)) /
+                           Simd::kBroadcasts;
 template <class Simd>
 constexpr int kChunkBytes = kChunk * static_cast<int>(sizeof(typename Simd::Element));
 template <class Simd>
 constexpr int kDecodedMask = Simd::kOperands * Simd::kVectorBytes;
 
 // As an integer: it may be past the end.
-inline void prefetch(const void* p) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + kPrefetchBytes));
+inline void prefetch(const void* p, int64_t ahead) {
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead));
 }
 
 // A chunk's masks, and where the decoder is in its runs.
@@ -54,17 +57,17 @@ struct Chunk {
   const uint8_t* masks;
   const uint8_t* run;
 
-  inline void begin(const uint8_t* stream) {
+  inline void begin(const uint8_t* stream, int64_t ahead) {
     masks = stream;
     run = stream + kMaskBytes;
-    prefetch(masks);
-    prefetch(masks + 64);
+    prefetch(masks, ahead);
+    prefetch(masks + 64, ahead);
   }
 
-  inline void decode(int i, const typename Simd::Table& table, typename Simd::Operand out[]) {
+  inline void decode(int i, const typename Simd::Table& table, int64_t ahead, typename Simd::Operand out[]) {
     // A line for as many masks as take about one where half of the weights are zero.
     constexpr int64_t kFull = unstructured::run_bytes(Simd::kValues, kChunkWeights / kMasks<Simd>);
-    if (i % (kFull > 64 ? 1 : 128 / kFull) == 0) prefetch(run);
+    if (i % (kFull > 64 ? 1 : 128 / kFull) == 0) prefetch(run, ahead);
     Simd::decode(masks, i, run, table, out);
   }
 };
@@ -130,21 +133,21 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
       Chunk<Simd> chunk[kStreams];
 #pragma GCC unroll 4
       for (int s = 0; s < kStreams; ++s) {
-        chunk[s].begin(stream[s]);
+        chunk[s].begin(stream[s], kPrefetchBytes);
       }
 #pragma GCC unroll 4
       for (int i = 0; i < kMasks<Simd>; ++i) {
 #pragma GCC unroll 4
         for (int s = 0; s < kStreams; ++s) {
           typename Simd::Operand w[Simd::kOperands];
-          chunk[s].decode(i, unit.table, w);
+          chunk[s].decode(i, unit.table, kPrefetchBytes, w);
 #pragma GCC unroll 8
           for (int t = 0; t < kTokens; ++t) {
-            const uint8_t* columns = x + (i * kTokens + t) * kUnitBytes<Simd>;
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int o = 0; o < Simd::kOperands; ++o) {
+              const int unit_of = (i * Simd::kBroadcasts + o % Simd::kBroadcasts) * kTokens + t;
               Accumulator& a = acc[s][t][Simd::sum_of(o)];
-              a = Simd::multiply_add(w[o], Simd::broadcast(columns, o), a);
+              a = Simd::multiply_add(w[o], Simd::broadcast(x + unit_of * kUnitBytes<Simd>), a);
             }
           }
         }
@@ -184,22 +187,31 @@ void gemv(const UnitArgs& args) {
   if constexpr (kTokens < Simd::kGemvTokens) gemv<Simd, kTokens + 1>(args);
 }
 
-// Decodes `chunks` chunks of a stream to [mask][operand]; returns the stream's new place.
-template <class Simd>
-const uint8_t* decode_chunks(const Unit<Simd>& unit, const uint8_t* stream, int64_t chunks, uint8_t* out) {
+// Decodes `chunks` chunks of kStreams strips side by side to [mask][operand], asking memory for those `ahead` bytes
+// later; moves the streams on. (One strip after the other takes 1.4 times as long: from a mask to the next there
+// is one chain.)
+template <class Simd, int kStreams>
+void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chunks, int64_t ahead) {
+  int64_t out = 0;
   for (int64_t c = 0; c < chunks; ++c) {
-    Chunk<Simd> chunk;
-    chunk.begin(stream);
+    Chunk<Simd> chunk[kStreams];
+#pragma GCC unroll 2
+    for (int s = 0; s < kStreams; ++s) chunk[s].begin(stream[s], ahead);
 #pragma GCC unroll 4
     for (int i = 0; i < kMasks<Simd>; ++i, out += kDecodedMask<Simd>) {
-      typename Simd::Operand w[Simd::kOperands];
-      chunk.decode(i, unit.table, w);
+#pragma GCC unroll 2
+      for (int s = 0; s < kStreams; ++s) {
+        typename Simd::Operand w[Simd::kOperands];
+        chunk[s].decode(i, unit.table, ahead, w);
 #pragma GCC unroll 8
-      for (int o = 0; o < Simd::kOperands; ++o) Simd::store(out + o * Simd::kVectorBytes, w[o]);
+        for (int o = 0; o < Simd::kOperands; ++o) {
+          Simd::store(unit.decoded(s) + out + o * Simd::kVectorBytes, w[o]);
+        }
+      }
     }
-    stream = chunk.run;
+#pragma GCC unroll 2
+    for (int s = 0; s < kStreams; ++s) stream[s] = chunk[s].run;
   }
-  return stream;
 }
 
 // Decoded strips times kTokens tokens from `token` on, added to their accumulators.
@@ -218,7 +230,7 @@ void gemm_tile(const Unit<Simd>& unit, int token, const uint8_t* x, int64_t mask
       for (int o = 0; o < kSums; ++o) acc[s][t][o] = unit.accumulators(s, token + t)[o];
     }
   }
-  for (int64_t i = 0; i < masks; ++i, x += kUnitBytes<Simd> * kTokens) {
+  for (int64_t i = 0; i < masks; ++i, x += kUnitBytes<Simd> * Simd::kBroadcasts * kTokens) {
 #pragma GCC unroll 8
     for (int o = 0; o < Simd::kOperands; ++o) {
       typename Simd::Operand w[kStrips];
@@ -228,7 +240,7 @@ void gemm_tile(const Unit<Simd>& unit, int token, const uint8_t* x, int64_t mask
       }
 #pragma GCC unroll 12
       for (int t = 0; t < kTokens; ++t) {
-        const auto xv = Simd::broadcast(x + t * kUnitBytes<Simd>, o);
+        const auto xv = Simd::broadcast(x + (o % Simd::kBroadcasts * kTokens + t) * kUnitBytes<Simd>);
 #pragma GCC unroll 2
         for (int s = 0; s < kStrips; ++s) {
           Accumulator& a = acc[s][t][Simd::sum_of(o)];
@@ -263,6 +275,8 @@ void gemm_strips(const Unit<Simd>& unit, int first, int strips) {
   const UnitArgs& args = unit.args;
   const int tokens = static_cast<int>(round_up(args.tokens, Simd::kTileStep));
   const uint8_t* stream[Simd::kTileStrips] = {};
+  // The next chunks are asked for while these are decoded: memory works while the tiles are multiplied.
+  int64_t ahead = kPrefetchBytes;
   for (int s = 0; s < Simd::kTileStrips; ++s) {
     if (s < strips) {
       stream[s] = args.strip[first + s];
@@ -275,11 +289,17 @@ void gemm_strips(const Unit<Simd>& unit, int first, int strips) {
     }
   }
   const int64_t segment = unit.segment();
-  constexpr int64_t kMost = kGemmColumns / kChunk;
+  constexpr int64_t kMost = kDecodedBytes / (kMasks<Simd> * kDecodedMask<Simd>);
   const int64_t step = segment < kMost ? segment : kMost;
   for (int64_t c = 0; c < unit.chunks; c += step) {
     const int64_t chunks = unit.chunks - c < step ? unit.chunks - c : step;
-    for (int s = 0; s < strips; ++s) stream[s] = decode_chunks(unit, stream[s], chunks, unit.decoded(s));
+    const uint8_t* from = stream[0];
+    if (strips == Simd::kTileStrips) {
+      decode_chunks<Simd, Simd::kTileStrips>(unit, stream, chunks, ahead);
+    } else {
+      decode_chunks<Simd, 1>(unit, stream, chunks, ahead);
+    }
+    ahead = stream[0] - from;
     for (int t = 0; t < tokens; t += args.tile_tokens) {
       const int height = tokens - t < args.tile_tokens ? tokens - t : args.tile_tokens;
       const uint8_t* x = args.x + t * args.x_row_bytes + c * kChunkBytes<Simd> * height;
@@ -337,7 +357,7 @@ constexpr Kernels make_kernels(const char* name) {
   static_assert(Simd::kSums * sizeof(typename Simd::Accumulator) * Simd::kTileStrips * kGemmTokens <= kSavedBytes,
                 "accumulators");
   static_assert(sizeof(typename Simd::Sums) * Simd::kTileStrips * kGemmTokens <= kSavedBytes, "sums");
-  static_assert(kMasks<Simd> * kDecodedMask<Simd> <= kChunkWeights * 4, "kDecodedBytes");
+  static_assert(kDecodedBytes >= 256 / kChunk * kMasks<Simd> * kDecodedMask<Simd>, "the largest group of scales");
   Kernels k{};
   k.name = name;
   k.x_element_bytes = sizeof(typename Simd::Element);
@@ -345,20 +365,11 @@ constexpr Kernels make_kernels(const char* name) {
   k.column_step = kChunk;
   k.gemv_tokens = Simd::kGemvTokens;
   k.wants_sums = false;
-  k.gemm_tokens = kGemmTokens;
-  k.gemm_tile = Simd::kGemmTile;
-  k.tile_step = Simd::kTileStep;
   k.scratch_bytes = kScratchBytes;
   k.prepare = prepare<Simd>;
   k.gemv = gemv<Simd>;
-  k.gemm = gemm<Simd>;
+  k.gemm = {gemm<Simd>, kGemmTokens, Simd::kGemmTile, Simd::kTileStep};
   return k;
-}
-
-template <template <Values> class Floats, template <Values> class Integers>
-const Kernels& pick_kernels(Values values, const char* name) {
-  return unstructured::kernel_table<Floats, Integers>(
-      values, [&](auto simd) { return make_kernels<decltype(simd)>(name); });
 }
 
 }  // namespace

@@ -17,18 +17,16 @@ using UnitArgs = unstructured::StripArgs;
 using unstructured::ExponentTable;
 using unstructured::kUnitStrips;
 
-// Tokens per call for larger batches: decoding is then a twentieth of the work.
-constexpr int kGemmTokens = 96;
-// Columns decoded at a time by the batched kernel; no group of scales is larger.
-constexpr int kGemmColumns = 256;
+// Tokens per call for larger batches: decoding is then a thirtieth of the work.
+constexpr int kGemmTokens = 192;
 // Integer sums are moved into floats at the latest after so many columns, before they overflow:
 // 512 products of at most 127 * 32767.
 constexpr int kFlushColumns = 512;
 // Strips of a register tile.
 constexpr int kMostTileStrips = 2;
-// Bytes of a strip's decoded columns, 4 for each weight at most, and of the accumulators of all tokens: 128 for
-// each in tiles of one strip, 64 in tiles of two.
-constexpr int64_t kDecodedBytes = int64_t{kStripRows} * kGemmColumns * 4;
+// Bytes of a strip's decoded columns, 512 of 16-bit weights or 256 of 32-bit ones, and of the accumulators of all
+// tokens: 128 for each in tiles of one strip, 64 in tiles of two.
+constexpr int64_t kDecodedBytes = int64_t{kStripRows} * 1024;
 constexpr int64_t kSavedBytes = int64_t{kGemmTokens} * 128;
 constexpr int64_t kScratchBytes = kMostTileStrips * kDecodedBytes + 2 * kSavedBytes;
 

@@ -15,7 +15,7 @@ template <Values kKind, class Element_, class Lane>
 struct ScalarBase {
   static constexpr Values kValues = kKind;
   static constexpr int kColumns = mask_columns(kKind);
-  static constexpr int kOperands = 1, kSums = 1;
+  static constexpr int kOperands = 1, kBroadcasts = 1, kSums = 1;
   static constexpr int kVectorBytes = kStripRows * kColumns * static_cast<int>(sizeof(Element_));
   static constexpr int kGemvTokens = 2, kTileStrips = 1, kGemmTile = 4, kTileStep = 1;
   static constexpr bool kReorder = false;
@@ -58,7 +58,7 @@ struct ScalarBase {
       }
     }
   }
-  static Broadcast broadcast(const uint8_t* x, int) {
+  static Broadcast broadcast(const uint8_t* x) {
     Broadcast b;
     std::memcpy(b.column, x, sizeof(b.column));
     return b;
@@ -95,6 +95,9 @@ struct ScalarInteger : ScalarBase<kKind, int16_t, int32_t> {
 
 }  // namespace
 
-const Kernels& scalar_kernels(Values values) { return pick_kernels<Scalar, ScalarInteger>(values, "scalar"); }
+const Kernels& scalar_kernels(Values values) {
+  return unstructured::kernel_table<Scalar, ScalarInteger>(
+      values, [](auto simd) { return make_kernels<decltype(simd)>("scalar"); });
+}
 
 }  // namespace sparse_backend::bitmask

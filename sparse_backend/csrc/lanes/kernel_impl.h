@@ -407,13 +407,10 @@ constexpr Kernels make_kernels(const char* name) {
   k.column_step = kBlockColumns;
   k.gemv_tokens = Simd::kGemvTokens;
   k.wants_sums = Simd::kOffset != 0;
-  k.gemm_tokens = kGemmTokens;
-  k.gemm_tile = Simd::kGemmTile;
-  k.tile_step = 1;
   k.scratch_bytes = kScratchBytes;
   k.prepare = prepare<Simd>;
   k.gemv = gemv<Simd>;
-  k.gemm = gemm<Simd>;
+  k.gemm = {gemm<Simd>, kGemmTokens, Simd::kGemmTile, 1};
   return k;
 }
 

@@ -122,7 +122,8 @@ struct Unpacked {
 
 // One block times kTokens tokens, added to out[token][row].
 template <class Simd, int kTokens, class Source>
-inline void multiply_block(const Stored& block, Source source, const uint8_t* x, float* out, const float* scales) {
+inline void multiply_block(const Stored& block, Source source, const uint8_t* x, float* out, int64_t out_stride,
+                           const float* scales) {
   using Vector = typename Simd::Vector;
   __m512i table[kTokens][4];
 #pragma GCC unroll 4
@@ -170,7 +171,7 @@ inline void multiply_block(const Stored& block, Source source, const uint8_t* x,
       const __m512i low = _mm512_permutex2var_epi32(bits(acc[0][t][0]), rank, bits(acc[0][t][1]));
       const __m512i high = _mm512_permutex2var_epi32(bits(acc[1][t][0]), rank, bits(acc[1][t][1]));
       const __m512i mine = _mm512_mask_blend_epi32(upper, low, high);
-      float* to = out + t * kUnitRows + quarter;
+      float* to = out + t * out_stride + quarter;
       if constexpr (Simd::kInteger) {
         const __m512 sums = _mm512_cvtepi32_ps(mine);
         _mm512_storeu_ps(to, _mm512_fmadd_ps(sums, _mm512_loadu_ps(scales + quarter), _mm512_loadu_ps(to)));
@@ -184,12 +185,13 @@ inline void multiply_block(const Stored& block, Source source, const uint8_t* x,
 template <class Simd>
 void gemv(const UnitArgs& args) {
   constexpr Values kValues = Simd::kValues;
+  const int64_t stride = args.out_stride;
   const ExponentTable exponents = *args.exponents;
   auto* words = static_cast<__m512i*>(args.scratch);
   const uint8_t* stream[kUnitStrips];
   for (int s = 0; s < args.strips; ++s) stream[s] = args.strip[s];
   for (int t = 0; t < args.tokens; ++t) {
-    std::memset(args.out + t * kUnitRows, 0, args.strips * kStripRows * sizeof(float));
+    std::memset(args.out + t * stride, 0, args.strips * kStripRows * sizeof(float));
   }
   const auto* x = static_cast<const uint8_t*>(args.x);
   for (int64_t b = 0; b < args.blocks; ++b, x += int64_t{args.tokens} * kTableBytes) {
@@ -202,7 +204,7 @@ void gemv(const UnitArgs& args) {
       float* out = args.out + s * kStripRows;
       stream[s] = block.next;
       if (args.tokens == 1) {
-        multiply_block<Simd, 1>(block, weights, x, out, scales);
+        multiply_block<Simd, 1>(block, weights, x, out, stride, scales);
         continue;
       }
       for (int j = 0; j < block.header->all_steps; ++j) {
@@ -211,13 +213,13 @@ void gemv(const UnitArgs& args) {
       }
       int t = 0;
       for (; t + 4 <= args.tokens; t += 4) {
-        multiply_block<Simd, 4>(block, Unpacked{words}, x + t * kTableBytes, out + t * kUnitRows, scales);
+        multiply_block<Simd, 4>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride, scales);
       }
       for (; t + 2 <= args.tokens; t += 2) {
-        multiply_block<Simd, 2>(block, Unpacked{words}, x + t * kTableBytes, out + t * kUnitRows, scales);
+        multiply_block<Simd, 2>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride, scales);
       }
       if (t < args.tokens) {
-        multiply_block<Simd, 1>(block, Unpacked{words}, x + t * kTableBytes, out + t * kUnitRows, scales);
+        multiply_block<Simd, 1>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride, scales);
       }
     }
   }

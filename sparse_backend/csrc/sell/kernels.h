@@ -32,9 +32,10 @@ struct UnitArgs {
   const void* x;                   // prepared activations
   int tokens;
   int token_stride;                // batch: tokens a prepared column holds, a multiple of `lanes`
-  // gemv: [tokens][kUnitRows]; batch: [strips * kStripRows][token_stride]. Of integer values before the
+  // gemv: [tokens][out_stride]; batch: [strips * kStripRows][token_stride]. Of integer values before the
   // activations' scales.
   float* out;
+  int64_t out_stride;
   void* scratch;  // kScratchBytes, 64-byte aligned
 };
 

@@ -108,7 +108,9 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
   const int64_t range = units / pieces > 0 ? units / pieces : 1;
   parallel_ranges(c.pool, units, work < 131072 ? units : range, [&](int64_t begin, int64_t end) {
     thread_local Scratch memory;
-    const int64_t out_bytes = int64_t{kUnitRows} * (gemv ? tokens : stride) * 4;
+    // Not a power of two: all tokens' results would be in the same few sets of the cache.
+    const int64_t out_stride = strips * kStripRows + 16;
+    const int64_t out_bytes = round_up((gemv ? tokens * out_stride : strips * kStripRows * stride) * 4, 64);
     uint8_t* scratch = memory.reserve(out_bytes + kScratchBytes);
     UnitArgs unit{};
     unit.blocks = c.blocks();
@@ -119,6 +121,7 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
     unit.tokens = tokens;
     unit.token_stride = stride;
     unit.out = reinterpret_cast<float*>(scratch);
+    unit.out_stride = out_stride;
     unit.scratch = scratch + out_bytes;
     for (int64_t u = begin; u < end; ++u) {
       const int64_t first = u * strips, first_row = first * kStripRows;
@@ -131,7 +134,7 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
       unstructured::store_results(c.weight, c.args, x_scales, token, tokens, first_row, rows,
                                   [&](int t, float* out) {
                                     if (gemv) {
-                                      std::memcpy(out, unit.out + t * kUnitRows, rows * sizeof(float));
+                                      std::memcpy(out, unit.out + t * out_stride, rows * sizeof(float));
                                       return;
                                     }
                                     for (int64_t r = 0; r < rows; ++r) out[r] = unit.out[r * stride + t];

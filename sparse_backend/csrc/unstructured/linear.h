@@ -30,15 +30,16 @@ void store_results(const View& w, const LinearArgs& args, const float* x_scales,
   for (int64_t r = 0; args.bias != nullptr && r < rows; ++r) {
     bias[r] = load_as_float(args.bias, args.bias_type, first_row + r);
   }
+  const uint32_t escape = w.escape_start == nullptr ? 0 : w.escape_start[first_row];
+  const uint32_t last_escape = w.escape_start == nullptr ? 0 : w.escape_start[first_row + rows];
   for (int t = 0; t < tokens; ++t) {
     result(t, value);
     for (int64_t r = 0; r < rows; ++r) value[r] *= x_scales[t];
-    for (int64_t r = 0; w.escape_start != nullptr && r < rows; ++r) {
-      const int64_t row = first_row + r;
-      for (uint32_t e = w.escape_start[row]; e < w.escape_start[row + 1]; ++e) {
-        value[r] += float_from_bf16(w.escapes[e].bits) *
-                    load_as_float(args.x, args.x_type, (token + t) * k + w.escapes[e].column);
-      }
+    int64_t row = first_row;
+    for (uint32_t e = escape; e < last_escape; ++e) {
+      while (w.escape_start[row + 1] <= e) ++row;
+      value[row - first_row] += float_from_bf16(w.escapes[e].bits) *
+                                load_as_float(args.x, args.x_type, (token + t) * k + w.escapes[e].column);
     }
     for (int64_t r = 0; args.bias != nullptr && r < rows; ++r) value[r] += bias[r];
     const int64_t at = (token + t) * n + first_row;

@@ -32,6 +32,18 @@ void interleave(const StripKernels& kernels, const uint8_t* row, int64_t bytes, 
   }
 }
 
+// Tiles of equal height: 8 tokens are 4 and 4, not 6 and 2. Where few tokens would be left for a padded tile, lower
+// ones: 64 tokens in tiles of at most 12 are 8 times 8, not 5 times 12 and 4.
+int tile_height(const BatchKernel& kernel, int tokens) {
+  const auto equal = [&](int most) {
+    const int tiles = (tokens + most - 1) / most;
+    return static_cast<int>(round_up((tokens + tiles - 1) / tiles, kernel.step));
+  };
+  const auto padded = [&](int height) { return round_up(tokens, height); };
+  const int high = equal(kernel.tile), low = equal(kernel.tile - kernel.step);
+  return 3 * low >= 2 * kernel.tile && padded(low) < padded(high) ? low : high;
+}
+
 // The activations of one call's tokens.
 struct Prepared {
   uint8_t* x;
@@ -42,15 +54,14 @@ struct Prepared {
   int height;  // tokens of a tile
 };
 
-Prepared prepare(const StripKernels& kernels, const View& w, const LinearArgs& args, int64_t token,
-                 int tokens, bool batched, const ThreadPool& pool) {
+// `batch`: nullptr for gemv, whose tokens are one tile.
+Prepared prepare(const StripKernels& kernels, const BatchKernel* batch, const View& w, const LinearArgs& args,
+                 int64_t token, int tokens, const ThreadPool& pool) {
   const int64_t k = w.header.in_features, x_row_bytes = k * element_bytes(args.x_type);
   const int64_t padded = round_up(k, kernels.column_step);
-  const int step = batched ? kernels.tile_step : 1;
-  // Tiles of equal height: 8 tokens are 4 and 4, not 6 and 2.
-  const int tiles = batched ? (tokens + kernels.gemm_tile - 1) / kernels.gemm_tile : 1;
+  const int step = batch != nullptr ? batch->step : 1;
   Prepared p{};
-  p.height = static_cast<int>(round_up((tokens + tiles - 1) / tiles, step));
+  p.height = batch != nullptr ? tile_height(*batch, tokens) : tokens;
   p.row_bytes = padded * kernels.x_element_bytes;
   p.sum_stride = padded / kSumColumns;
   const int64_t places = round_up(tokens, step);
@@ -97,11 +108,11 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
                    const ThreadPool& pool) {
   const Header& h = w.header;
   const int64_t k = h.in_features, n = h.out_features, groups = scale_groups(h);
-  const bool batched = args.tokens > kernels.gemv_tokens;
-  const int64_t most = batched ? kernels.gemm_tokens : kernels.gemv_tokens;
+  const BatchKernel* batch = args.tokens > kernels.gemv_tokens ? &kernels.gemm : nullptr;
+  const int64_t most = batch != nullptr ? batch->tokens : kernels.gemv_tokens;
   for (int64_t token = 0; token < args.tokens; token += most) {
     const int tokens = static_cast<int>(args.tokens - token < most ? args.tokens - token : most);
-    const Prepared prepared = prepare(kernels, w, args, token, tokens, batched, pool);
+    const Prepared prepared = prepare(kernels, batch, w, args, token, tokens, pool);
     // Small matrices stay on this thread; large ones are cut into at least eight pieces per thread, as some
     // cores may be half as fast as others.
     constexpr int64_t kMultiplyAdds = 262144;
@@ -134,7 +145,7 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
           const uint64_t offset = w.offsets[first + s];
           unit.strip[s] = offset == w.offsets[first + s + 1] ? nullptr : w.stream + offset;
         }
-        (batched ? kernels.gemm : kernels.gemv)(unit);
+        (batch != nullptr ? batch->run : kernels.gemv)(unit);
         const int64_t rows = unit.strips * int64_t{kStripRows};
         store_results(w, args, prepared.scales, token, tokens, row, n - row < rows ? n - row : rows,
                       [&](int t, float* out) {

@@ -31,6 +31,14 @@ struct StripArgs {
   void* scratch;  // StripKernels::scratch_bytes, 64-byte aligned
 };
 
+// A kernel for larger batches, which decodes blocks of columns into scratch memory.
+struct BatchKernel {
+  void (*run)(const StripArgs& args);
+  int tokens;  // most per call
+  int tile;    // most in a tile
+  int step;    // a tile has room for a multiple of so many tokens, padded with zeros
+};
+
 // One instruction set's kernels for one kind of stored values.
 struct StripKernels {
   const char* name;
@@ -39,17 +47,13 @@ struct StripKernels {
   int64_t column_step;      // activations are zero-padded to a multiple of so many columns
   int gemv_tokens;          // batches up to this size are faster with `gemv`
   bool wants_sums;          // of the activations, 16 by 16
-  int gemm_tokens;          // most tokens per call of `gemm`
-  int gemm_tile;            // most tokens in a tile of `gemm`; of `gemv` all are one
-  int tile_step;            // a tile of `gemm` has room for a multiple of so many tokens, padded with zeros
   int64_t scratch_bytes;    // per thread
   // Converts one token's `k` activations, zero-padded. For integer values they are int16 below `limit`;
   // returns their scale.
   float (*prepare)(const void* x, DType dtype, int64_t k, int limit, void* out);
-  // Decodes into registers, for 1..gemv_tokens tokens.
+  // Decodes into registers, for 1..gemv_tokens tokens: one tile.
   void (*gemv)(const StripArgs& args);
-  // Decodes blocks of columns into scratch memory, for 1..gemm_tokens tokens.
-  void (*gemm)(const StripArgs& args);
+  BatchKernel gemm;
 };
 
 // y = x W^T + bias: prepares the activations, splits the strips over threads, converts the results.
