@@ -44,7 +44,7 @@ _SCALE_BYTES = {"int4": 4 / 128}
 _MACHINE_BITS = {**_CANONICAL_BITS, "bf16x12": 12}
 # sell: headers of a block of 64 rows x 128 columns, per position; a column number per value, and half
 # a pair of padding for each row of a block.
-_SELL_HEADER = (72 + 70) / (64 * 128)
+_SELL_HEADER = (70 + 40) / (64 * 128)
 _SELL_PADDING = 0.5 / 128
 
 

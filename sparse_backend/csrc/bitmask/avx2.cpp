@@ -42,6 +42,18 @@ struct ExpandTable {
 constexpr ExpandTable<4> kFloatTable;
 constexpr ExpandTable<2> kHalfTable;
 
+// The same of bytes: eight to a mask.
+struct ByteTable {
+  alignas(64) uint8_t shuffle[256][8];
+  constexpr ByteTable() : shuffle() {
+    for (int mask = 0; mask < 256; ++mask) {
+      uint8_t next = 0;
+      for (int i = 0; i < 8; ++i) shuffle[mask][i] = ((mask >> i) & 1) != 0 ? next++ : uint8_t{0x80};
+    }
+  }
+};
+constexpr ByteTable kByteTable;
+
 inline __m128i next8(uint64_t mask, const uint16_t*& values) {
   const __m128i packed = _mm_loadu_si128(reinterpret_cast<const __m128i*>(values));
   values += __builtin_popcountll(mask);
@@ -53,10 +65,18 @@ inline __m128i expand8(uint64_t mask, const uint16_t*& values) {
   return _mm_shuffle_epi8(next8(mask, values), shuffle);
 }
 
+// The next bytes at the places of eight mask bits, in the lower half.
+inline __m128i expand8_bytes(uint64_t mask, const uint8_t*& bytes) {
+  const __m128i packed = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes));
+  const __m128i shuffle = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(kByteTable.shuffle[mask]));
+  bytes += __builtin_popcountll(mask);
+  return _mm_shuffle_epi8(packed, shuffle);
+}
+
 // Words that a mask's decoded run may fill.
 constexpr int kRunWords = 64 + unstructured::kDecodeGroup;
 
-// The words of mask i, decoded to `words` unless they are words already; moves `run` past them. Always 64 of
+// The 16-bit floats of mask i, decoded to `words` unless they are words already; moves `run` past them. Always 64 of
 // them: a loop that ends with the run would be mispredicted again and again.
 template <Values kValues>
 inline const uint16_t* next_words(const uint8_t* masks, int i, const uint8_t*& run, const ExponentTable& table,
@@ -154,17 +174,25 @@ struct Avx2Integer : Avx2Shape<kKind> {
   };
   using Sums = Avx2<Values::kBf16>::Rows;
 
-  static inline void decode(const uint8_t* masks, int i, const uint8_t*& run, const ExponentTable& table,
+  static inline void decode(const uint8_t* masks, int i, const uint8_t*& run, const ExponentTable&,
                             Operand out[kOperands]) {
-    uint16_t words[kRunWords];
-    const uint16_t* values = next_words<kKind>(masks, i, run, table, words);
+    uint8_t codes[kKind == Values::kInt4 ? 64 + 8 : 1];
+    const uint8_t* bytes = run;
+    if constexpr (kKind == Values::kInt4) {
+      uint64_t mask;
+      std::memcpy(&mask, masks + 8 * i, sizeof(mask));
+      unstructured::int4_bytes(run, codes);
+      unstructured::int4_bytes(run + 16, codes + 32);
+      bytes = codes;
+      run += unstructured::run_bytes(kKind, __builtin_popcountll(mask));
+    }
 #pragma GCC unroll 4
     for (int o = 0; o < kOperands; ++o) {
-      const uint8_t* bytes = masks + 8 * i + 2 * o;
-      const __m128i low = expand8(bytes[0], values);
-      const __m128i high = expand8(bytes[1], values);
-      out[o] = _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
+      const __m128i low = expand8_bytes(masks[8 * i + 2 * o], bytes);
+      const __m128i high = expand8_bytes(masks[8 * i + 2 * o + 1], bytes);
+      out[o] = _mm256_cvtepi8_epi16(_mm_unpacklo_epi64(low, high));
     }
+    if constexpr (kKind != Values::kInt4) run = bytes;
   }
   static inline __m256i broadcast(const uint8_t* x) {
     int64_t columns;

@@ -11,10 +11,10 @@ namespace {
 template <Values kKind>
 struct Avx512 {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 1, kSums = 4, kGemvTokens = 6, kGemmTile = 6, kOffset = 0;
+  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemmTile = 12, kOffset = 0;
   static constexpr int kPer = kKind == Values::kBf16x12 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / kPer;
-  static constexpr int streams(int tokens) { return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; }
+  static constexpr int streams(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
   using Element = float;
   using Operand = __m512;
   using Accumulator = __m512;
@@ -54,12 +54,12 @@ struct Avx512 {
 template <Values kKind>
 struct Avx512Integer {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 1, kSums = 4, kGemvTokens = 6, kGemmTile = 6;
+  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemmTile = 12;
   static constexpr int kPer = kKind == Values::kInt4 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / 2 / kPer;
   // Half bytes are taken as they are, 0 to 15, with the sign bit turned round.
   static constexpr int kOffset = kKind == Values::kInt4 ? 8 : 0;
-  static constexpr int streams(int tokens) { return tokens == 1 ? 4 : tokens <= 3 ? 2 : 1; }
+  static constexpr int streams(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
   using Element = int16_t;
   using Operand = __m512i;
   using Accumulator = __m512i;

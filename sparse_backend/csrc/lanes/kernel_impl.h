@@ -57,7 +57,7 @@ template <class Simd, int kStep>
 inline void prefetch_step(const uint8_t* run) {
   constexpr int64_t kBytes = kRunBytes<Simd> / Simd::kSteps;
   constexpr int64_t kFirst = (kStep * kBytes + 63) / 64, kEnd = ((kStep + 1) * kBytes + 63) / 64;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int64_t line = kFirst; line < kEnd; ++line) {
     __builtin_prefetch(
         reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(run) + kPrefetchBytes + 64 * line));
@@ -70,7 +70,7 @@ struct Tile {
   typename Simd::Accumulator acc[kTokens][Simd::kSums][Simd::kParts];
 
   inline void clear() {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
       for (int s = 0; s < Simd::kSums; ++s) {
@@ -85,7 +85,7 @@ struct Tile {
   inline void multiply(const typename Simd::Operand (*w)[Simd::kParts], const uint8_t* x) {
 #pragma GCC unroll 4
     for (int o = 0; o < kCount; ++o) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int t = 0; t < kTokens; ++t) {
         const auto xv = Simd::broadcast(x + 4 * ((kFirst + o) * kTokens + t));
 #pragma GCC unroll 2
@@ -110,7 +110,7 @@ struct Tile {
   // Stored integers are kOffset too large: takes that times the activations off again.
   inline void take_offset(const int32_t* x_sums, int64_t stride) {
     if constexpr (Simd::kOffset != 0) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
         for (int p = 0; p < Simd::kParts; ++p) {
@@ -183,7 +183,7 @@ void gemv_strips(const UnitArgs& args, int strip) {
 #pragma GCC unroll 4
       for (int s = 0; s < kStreams; ++s) {
         const float* scales = args.scales + (strip + s) * args.strip_scales + group.scales;
-#pragma GCC unroll 8
+#pragma GCC unroll 12
         for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
           for (int p = 0; p < Simd::kParts; ++p) {
@@ -286,7 +286,7 @@ void gemm_tile(const UnitArgs& args, const List& list, int b, int end, int token
   Tile<Simd, kTokens> tile;
   tile.clear();
   if constexpr (!kInteger<Simd>) {
-#pragma GCC unroll 8
+#pragma GCC unroll 12
     for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
       for (int s = 0; s < Simd::kSums; ++s) {
@@ -316,7 +316,7 @@ void gemm_tile(const UnitArgs& args, const List& list, int b, int end, int token
       tile.take_offset(args.x_sums + token * args.x_sum_stride + list.block[i], args.x_sum_stride);
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 12
   for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
     for (int p = 0; p < Simd::kParts; ++p) {

@@ -14,7 +14,7 @@ namespace sparse_backend::lanes {
 using unstructured::ExponentTable;
 
 // Tokens per call for larger batches.
-constexpr int kGemmTokens = 48;
+constexpr int kGemmTokens = 96;
 // Blocks decoded at a time by the batched kernel: 16 KB of floats, and 6 KB of activations per tile, fit an
 // L1 cache that two threads share.
 constexpr int kChunkBlocks = 16;

@@ -14,6 +14,13 @@ inline __m256i half_bytes(const uint8_t* p) {
   return _mm256_and_si256(_mm256_or_si256(wide, _mm256_slli_epi16(wide, 4)), _mm256_set1_epi8(15));
 }
 
+// The same as int8.
+inline void int4_bytes(const uint8_t* p, uint8_t* out) {
+  const __m256i signs = _mm256_set1_epi8(8);
+  const __m256i codes = _mm256_sub_epi8(_mm256_xor_si256(half_bytes(p), signs), signs);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes);
+}
+
 inline void store_bytes_as_int16(__m256i bytes, uint16_t* words) {
   __m256i* out = reinterpret_cast<__m256i*>(words);
   _mm256_storeu_si256(out, _mm256_cvtepi8_epi16(_mm256_castsi256_si128(bytes)));
