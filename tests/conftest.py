@@ -32,6 +32,12 @@ def blocks_of_zeros(
     return (torch.randn(n, k, generator=generator) * kept).to(dtype)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time() -> None:
+    """A test that fails once in a hundred runs says nothing about the change it fails for."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(params=cpu.available_levels())
 def isa(request: pytest.FixtureRequest):
     """Every kernel level this machine runs."""

@@ -25,11 +25,13 @@ def test_logic_under_emulation(tmp_path):
     flags = {
         "bitmask/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
         "bitmask/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
+        "bitmask/order_avx512": ["-O1", *emulate],
         "bitmask/avx2": ["-O0", *AVX2],
         "lanes/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
         "lanes/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
         "lanes/avx2": ["-O0", *AVX2],
         "sell/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
+        "sell/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
         "sell/avx2": ["-O0", *AVX2],
         "lowbit/avx512_vnni": ["-O1", *emulate],
         "lowbit/amx": ["-O1", *emulate],
@@ -37,8 +39,9 @@ def test_logic_under_emulation(tmp_path):
         "lowbit/avx2": ["-O1", *AVX2],
     }
     baseline = [f"{family}/{file}" for family in ("bitmask", "lanes", "sell", "lowbit") for file in BASELINE]
-    baseline += ["unstructured/buffer", "unstructured/pack"]
+    baseline += ["unstructured/buffer", "unstructured/pack", "unstructured/strips"]
     flags |= {name: ["-O2"] for name in (*baseline, "cpu_features")}
+    flags["bitmask/pack"] = ["-O2", emulate[0]]  # orders weights with the emulated kernels
     objects = [
         compile_file(CSRC / f"{name}.cpp", tmp_path / f"{name.replace('/', '_')}.o", *extra)
         for name, extra in flags.items()
@@ -79,7 +82,7 @@ BASELINE = ["pack", "linear", "scalar"]
     "name",
     [
         *(f"{family}/{file}" for family in ("bitmask", "lanes", "sell", "lowbit") for file in BASELINE),
-        *("unstructured/buffer", "unstructured/pack", "cpu_features", "huge_pages"),
+        *("unstructured/buffer", "unstructured/pack", "unstructured/strips", "cpu_features", "huge_pages"),
     ],
 )
 def test_files_for_every_machine_use_no_avx(tmp_path, name):
@@ -93,11 +96,13 @@ def test_files_for_one_level_export_nothing_but_their_kernels(tmp_path):
         ("bitmask/avx2", AVX2),
         ("bitmask/avx512", AVX512),
         ("bitmask/avx512_bf16", [*AVX512, "-mavx512bf16"]),
+        ("bitmask/order_avx512", AVX512),
         ("lanes/avx2", AVX2),
         ("lanes/avx512", AVX512),
         ("lanes/avx512_bf16", [*AVX512, "-mavx512bf16"]),
         ("sell/avx2", AVX2),
         ("sell/avx512", AVX512),
+        ("sell/avx512_bf16", [*AVX512, "-mavx512bf16"]),
         ("lowbit/avx2", AVX2),
         ("lowbit/avx_vnni", [*AVX2, "-mavxvnni"]),
         ("lowbit/avx512_vnni", AVX512),

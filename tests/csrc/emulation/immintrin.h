@@ -235,3 +235,5 @@ inline void _tile_dpbsud(int c, int a, int b) {
 }
 
 #include "words.h"
+
+#include "order.h"
