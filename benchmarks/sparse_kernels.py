@@ -15,18 +15,24 @@ from shapes import SHAPES
 import sparse_backend as sb
 from sparse_backend.kernels import registry
 
-# (format, values) of ours; the last three store every weight, zeros too.
+# (format, values, activations) of ours; the last three store every weight, zeros too.
 OURS = (
-    *((form, values) for form in ("bitmask", "sell") for values in ("bf16", "bf16x12", "int8", "int4")),
-    ("bf16x12", "bf16x12"), ("int8", "int8"), ("int4", "int4"),
+    *((form, values, "keep") for form in ("bitmask", "sell") for values in ("bf16", "bf16x12", "int8", "int4")),
+    ("bitmask", "int8", "int8"), ("bitmask", "int4", "int8"),
+    ("bf16x12", "bf16x12", "keep"), ("int8", "int8", "keep"), ("int4", "int4", "keep"),
 )  # fmt: skip
 DENSE = ("F.linear", "onednn_mm")
 
 
-def ours(weight: torch.Tensor, form: str, values: str) -> Contender:
-    packed = sb.pack(weight, format=form, values=None if form == values else values)
+def name_of(form: str, values: str, activations: str) -> str:
     name = form if form == values else f"{form} {values}"
-    contender = machine_contender(name, packed.lower())
+    return name if activations == "keep" else f"{name}, int8 activations"
+
+
+def ours(weight: torch.Tensor, form: str, values: str, activations: str = "keep") -> Contender:
+    more = {"activations": activations} if activations != "keep" else {}
+    packed = sb.pack(weight, format=form, values=None if form == values else values, **more)
+    contender = machine_contender(name_of(form, values, activations), packed.lower())
     if values in ("int8", "int4"):
         contender.reference = packed.unpack()
     return contender
@@ -119,8 +125,8 @@ def csr_peers(weight: torch.Tensor) -> list[Contender]:
 
 
 def contenders(weight: torch.Tensor, args: argparse.Namespace) -> list[Contender]:
-    chosen = [pair for pair in OURS if not args.ours or pair[0] in args.ours or " ".join(pair) in args.ours]
-    out = [ours(weight, *pair) for pair in chosen] + dense_peers(weight)
+    chosen = [one for one in OURS if not args.ours or one[0] in args.ours or name_of(*one) in args.ours]
+    out = [ours(weight, *one) for one in chosen] + dense_peers(weight)
     if args.no_peers:
         return out
     zeros = 1 - int(torch.count_nonzero(weight)) / weight.numel()

@@ -22,8 +22,9 @@ struct CpuFeatures {
 // Read once; the values cannot change while the process lives.
 const CpuFeatures& cpu_features();
 
-// Whether one stream of memory at a time, asked for 8 KB ahead, is as fast as memory gets for a thread: so on AMD's
-// processors (Zen 5: one 41 GB/s, four in turn 24); Intel's want several (Ice Lake: one 9.5, four 13.2).
+// Whether one stream of memory at a time, asked for 8 KB ahead, is as fast as memory gets for a thread: so on
+// AMD's processors (Zen 5: one 41 GB/s, four in turn 24); Intel's want several (Ice Lake: one 9.5,
+// four 13.2).
 bool reads_one_stream();
 
 // Whether tiles may be used: asks Linux for the AMX tile state, once; a process that never does is

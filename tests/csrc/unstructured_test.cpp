@@ -38,6 +38,7 @@ struct Implementation {
   std::vector<int> groups;
   void (*run)(const void* kernels, const un::View&, const un::LinearArgs&, const sb::ThreadPool&);
   const void* kernels;
+  bool int8_activations = false;  // no others
 };
 
 struct Weight {
@@ -224,6 +225,11 @@ std::vector<Implementation> implementations() {
                       run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
     };
+    const auto bytes = [&] {
+      bitmask(bm::avx512_byte_kernels(v));
+      list.back().name += " int8 activations";
+      list.back().int8_activations = true;
+    };
     const auto slices = [&](const sell::Kernels& kernels, bool bf16_only = false) {
       list.push_back({std::string("sell ") + kernels.name + kind,
                       &sell::kStream,
@@ -244,12 +250,14 @@ std::vector<Implementation> implementations() {
                       run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
     };
+    [[maybe_unused]] const bool integer = un::is_integer(v);
     const bool bf16 = v == Values::kBf16 || v == Values::kBf16x12;
     bitmask(bm::scalar_kernels(v));
     slices(sell::scalar_kernels(v));
     blocks(lanes::scalar_kernels(v));
 #if defined(SPARSE_BACKEND_EMULATE_AVX512)
     bitmask(bm::avx512_kernels(v));
+    if (integer) bytes();
     if (bf16) bitmask(bm::avx512_bf16_kernels(v), true);
     slices(sell::avx512_kernels(v));
     if (bf16) slices(sell::avx512_bf16_kernels(v), true);
@@ -259,6 +267,7 @@ std::vector<Implementation> implementations() {
     if (sb::cpu_features().avx2) bitmask(bm::avx2_kernels(v)), slices(sell::avx2_kernels(v));
     if (sb::cpu_features().avx512) bitmask(bm::avx512_kernels(v)), slices(sell::avx512_kernels(v));
     if (sb::cpu_features().avx512_bf16 && bf16) slices(sell::avx512_bf16_kernels(v), true);
+    if (sb::cpu_features().avx512 && integer) bytes();
     if (sb::cpu_features().avx2) blocks(lanes::avx2_kernels(v));
     if (sb::cpu_features().avx512) blocks(lanes::avx512_kernels(v));
     if (sb::cpu_features().avx512_bf16 && bf16) blocks(lanes::avx512_bf16_kernels(v), true);
@@ -288,8 +297,8 @@ int main() {
           if (impl.bf16_only && x_type != DType::kBf16) continue;
           // The same numbers for every implementation, so that they can be compared.
           std::mt19937 rng(7);
-          const Weight w =
-              make_weight(impl, shape[0], shape[1], zeros, group, x_type == DType::kFp16 ? 8 : 16, rng);
+          const int activation_bits = impl.int8_activations || x_type == DType::kFp16 ? 8 : 16;
+          const Weight w = make_weight(impl, shape[0], shape[1], zeros, group, activation_bits, rng);
           const auto result = check(impl, w, x_type, rng);
           if (impl.same_everywhere) {
             const auto first = results.emplace(std::pair(impl.values, x_type), result).first;

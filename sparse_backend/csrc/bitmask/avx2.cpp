@@ -3,8 +3,8 @@
 // its mask bit is: for bf16 straight into the upper halves of eight floats. Compiled with
 // -mavx2 -mfma -mf16c -mpopcnt; called only where cpu_features() found all four.
 //
-// An operand is four rows, and in each two neighbouring lanes: of two columns, or for integers of two pairs of
-// columns. They are added when a row is complete.
+// An operand is four rows, and in each two neighbouring lanes: of two columns, or for integers of two pairs
+// of columns. They are added when a row is complete.
 //
 // Cycles per 16 weights of one token on Zen 3, one thread, from L1 (the loser's in brackets):
 // 3.5 as the shuffles stand; [3.9] 16-byte shuffles, two halves joined, then shift and mask into
@@ -76,11 +76,11 @@ inline __m128i expand8_bytes(uint64_t mask, const uint8_t*& bytes) {
 // Words that a mask's decoded run may fill.
 constexpr int kRunWords = 64 + unstructured::kDecodeGroup;
 
-// The 16-bit floats of mask i, decoded to `words` unless they are words already; moves `run` past them. Always 64 of
-// them: a loop that ends with the run would be mispredicted again and again.
+// The 16-bit floats of mask i, decoded to `words` unless they are words already; moves `run` past them.
+// Always 64 of them: a loop that ends with the run would be mispredicted again and again.
 template <Values kValues>
-inline const uint16_t* next_words(const uint8_t* masks, int i, const uint8_t*& run, const ExponentTable& table,
-                                  uint16_t* words) {
+inline const uint16_t* next_words(const uint8_t* masks, int i, const uint8_t*& run,
+                                  const ExponentTable& table, uint16_t* words) {
   using Decoder = unstructured::Avx2Decoder;
   if constexpr (mask_columns(kValues) == 2) {
     static_assert(Decoder::plain<kValues>(), "words");
@@ -104,7 +104,7 @@ struct Avx2Shape {
   static constexpr Values kValues = kKind;
   static constexpr int kSums = 4, kVectorBytes = 32;
   static constexpr int kGemvTokens = 2, kTileStrips = 1, kGemmTile = 3, kTileStep = 1;
-  static constexpr bool kReorder = false;
+  static constexpr bool kReorder = false, kOffset = false;
   static constexpr int streams(int tokens) { return tokens == 1 ? 2 : 1; }
   using Table = ExponentTable;
 };

@@ -82,7 +82,44 @@ struct Avx512Integer : Avx512Shape<kKind> {
   static inline void store_rows(float* out, Sums v) { _mm512_store_ps(out, v); }
 };
 
+// The same with int8 activations: four columns' products at once, of bytes as they were expanded with
+// activations that are 128 too large, as vpdpbusd wants one side without a sign.
+template <Values kKind>
+struct Avx512Bytes : Avx512Integer<kKind> {
+  static constexpr int kOperands = 1, kBroadcasts = 1;
+  static constexpr bool kReorder = false, kOffset = true;
+  static constexpr int kMore = 128;
+  using Element = uint8_t;
+
+  static inline void decode(const uint8_t* masks, int i, const uint8_t*& run, const CodeTable<kKind>& table,
+                            __m512i out[kOperands]) {
+    out[0] = next_bytes<kKind>(masks, i, run, table);
+  }
+  static inline __m512i multiply_add(__m512i w, __m512i x, __m512i acc) {
+    return _mm512_dpbusd_epi32(acc, x, w);
+  }
+  static inline __m512i offset_of(__m512i w, __m512i acc) {
+    return multiply_add(w, _mm512_set1_epi8(static_cast<char>(kMore)), acc);
+  }
+  static inline __m512i minus(__m512i rows, __m512i offset) { return _mm512_sub_epi32(rows, offset); }
+
+  static float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
+    // Quantised into the room of 16-bit words, then narrowed from the front.
+    const float scale = unstructured::prepare_activations<int16_t>(x, dtype, k, kChunk, limit, out);
+    const auto* words = static_cast<const uint8_t*>(out);
+    auto* bytes = static_cast<uint8_t*>(out);
+    for (int64_t i = 0; i < round_up(k, kChunk); ++i) bytes[i] = static_cast<uint8_t>(words[2 * i] + kMore);
+    return scale;
+  }
+};
+
 }  // namespace
+
+const Kernels& avx512_byte_kernels(Values values) {
+  static constexpr Kernels int8 = make_kernels<Avx512Bytes<Values::kInt8>>("avx512");
+  static constexpr Kernels int4 = make_kernels<Avx512Bytes<Values::kInt4>>("avx512");
+  return values == Values::kInt8 ? int8 : int4;
+}
 
 const Kernels& avx512_kernels(Values values) {
   return unstructured::kernel_table<Avx512, Avx512Integer>(

@@ -46,7 +46,8 @@ template <Values kValues>
 struct CodeTable {
   __m512i codes;
   explicit CodeTable(const unstructured::ExponentTable& exponents) {
-    alignas(16) static constexpr int8_t kSigned[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+    alignas(16) static constexpr int8_t kSigned[16] = {0,  1,  2,  3,  4,  5,  6,  7,
+                                                       -8, -7, -6, -5, -4, -3, -2, -1};
     codes = unstructured::repeated_table(kValues == Values::kInt4 ? static_cast<const void*>(kSigned)
                                                                   : exponents.exponent);
   }
@@ -56,9 +57,9 @@ struct CodeTable {
   }
 };
 
-// Mask i and its run as vectors of 16 rows x 2 columns of 16-bit floats: one, or of kBf16x12 two. Coded values are
-// expanded as bytes, low and high ones apart: decoding a chunk's runs to words first, and expanding those, took half
-// as long again (17408 x 5120, 75% zeros, one thread of Zen 5: 2.6 ms).
+// Mask i and its run as vectors of 16 rows x 2 columns of 16-bit floats: one, or of kBf16x12 two. Coded
+// values are expanded as bytes, low and high ones apart: decoding a chunk's runs to words first, and
+// expanding those, took half as long again (17408 x 5120, 75% zeros, one thread of Zen 5: 2.6 ms).
 template <Values kValues>
 inline void next_pairs(const uint8_t* masks, int i, const uint8_t*& run, const CodeTable<kValues>& table,
                        __m512i out[]) {
@@ -96,13 +97,15 @@ inline __m512i broadcast_dword(const uint8_t* x) {
   return _mm512_set1_epi32(dword);
 }
 
-// Tiles of 2 strips x 12 tokens reach 0.95 of the machine's dot products on Zen 5, of 4 x 6 0.87. A batched kernel that
-// multiplies only the pairs of columns of which a row stores one (tokens in lanes, lists of pairs, two rows side by
-// side) gained 5% at 75% zeros from 128 tokens on, lost below, and was behind sell's at 90%: it was left out.
+// Tiles of 2 strips x 12 tokens reach 0.95 of the machine's dot products on Zen 5, of 4 x 6 0.87. A batched
+// kernel that multiplies only the pairs of columns of which a row stores one (tokens in lanes, lists of
+// pairs, two rows side by side) gained 5% at 75% zeros from 128 tokens on, lost below, and was behind sell's
+// at 90%: it was left out.
 template <Values kKind>
 struct Avx512Shape {
   static constexpr Values kValues = kKind;
   static constexpr int kSums = 1, kVectorBytes = 64;
+  static constexpr bool kOffset = false;
   static constexpr int kGemvTokens = 8, kTileStrips = 2, kGemmTile = 12, kTileStep = 4;
   static constexpr int streams(int tokens) { return tokens <= 4 ? 4 : 2; }
   static constexpr int sum_of(int) { return 0; }

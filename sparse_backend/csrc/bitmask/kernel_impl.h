@@ -16,6 +16,9 @@
 //   load, store, zero, multiply_add
 //   Rows, rows(accumulators)   16 rows' totals; for floats store_rows(out, rows)
 //   for integer values: Sums, no_sums(), add_scaled(sums, rows, scales), store_rows(out, sums)
+//   kOffset        whether activations are larger than they should be: then of a strip
+//                  offset_of(w, accumulator) adds up by how much too large its rows become, and
+//                  minus(rows, accumulator) takes that off
 //
 // Every output's accumulators are filled mask by mask, operand by operand, and added at the end, in
 // `gemv` and `gemm` alike: a row's result does not depend on the batch it is computed in, on the
@@ -39,8 +42,8 @@ template <class Simd>
 constexpr int kMasks = kChunk / mask_columns(Simd::kValues);
 // Of one token's activations: for one broadcast, and for a chunk.
 template <class Simd>
-constexpr int kUnitBytes = mask_columns(Simd::kValues) * static_cast<int>(sizeof(typename Simd::Element)) /
-                           Simd::kBroadcasts;
+constexpr int kUnitBytes =
+    mask_columns(Simd::kValues) * static_cast<int>(sizeof(typename Simd::Element)) / Simd::kBroadcasts;
 template <class Simd>
 constexpr int kChunkBytes = kChunk * static_cast<int>(sizeof(typename Simd::Element));
 template <class Simd>
@@ -97,6 +100,10 @@ struct Unit {
     const int64_t group = args.group_columns > 0 ? chunk * kChunk / args.group_columns : 0;
     return args.scales + strip * args.strip_scales + group * kStripRows;
   }
+  auto& offset(int s) const {
+    return *reinterpret_cast<typename Simd::Accumulator*>(decoded(kMostTileStrips) + 2 * kSavedBytes +
+                                                          s * 64);
+  }
   // Chunks whose integer sums share a scale and do not overflow.
   int64_t segment() const {
     if constexpr (!kInteger<Simd>) return chunks;
@@ -104,6 +111,12 @@ struct Unit {
     return (columns > 0 && columns < kFlushColumns ? columns : kFlushColumns) / kChunk;
   }
 };
+
+template <class Simd>
+inline typename Simd::Rows with_offset(typename Simd::Rows rows, const typename Simd::Accumulator& offset) {
+  if constexpr (Simd::kOffset) return Simd::minus(rows, offset);
+  return rows;
+}
 
 // kTokens tokens times kStreams strips from number `strip` on.
 template <class Simd, int kTokens, int kStreams>
@@ -113,6 +126,7 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
   const uint8_t* stream[kStreams];
   Accumulator acc[kStreams][kTokens][kSums];
   typename Simd::Sums sums[kStreams][kTokens];
+  [[maybe_unused]] Accumulator offset[kStreams];
   for (int s = 0; s < kStreams; ++s) {
     stream[s] = unit.args.strip[strip + s];
     for (int t = 0; t < kTokens; ++t) sums[s][t] = Simd::no_sums();
@@ -123,6 +137,7 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
     const int64_t end = first + segment < unit.chunks ? first + segment : unit.chunks;
 #pragma GCC unroll 4
     for (int s = 0; s < kStreams; ++s) {
+      offset[s] = Simd::zero();
 #pragma GCC unroll 8
       for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
@@ -141,6 +156,7 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
         for (int s = 0; s < kStreams; ++s) {
           typename Simd::Operand w[Simd::kOperands];
           chunk[s].decode(i, unit.table, kPrefetchBytes, w);
+          if constexpr (Simd::kOffset) offset[s] = Simd::offset_of(w[0], offset[s]);
 #pragma GCC unroll 8
           for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 8
@@ -158,7 +174,8 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
     for (int s = 0; s < kStreams; ++s) {
       for (int t = 0; t < kTokens; ++t) {
         if constexpr (kInteger<Simd>) {
-          sums[s][t] = Simd::add_scaled(sums[s][t], Simd::rows(acc[s][t]), unit.scales(strip + s, first));
+          const auto rows = with_offset<Simd>(Simd::rows(acc[s][t]), offset[s]);
+          sums[s][t] = Simd::add_scaled(sums[s][t], rows, unit.scales(strip + s, first));
         } else {
           Simd::store_rows(unit.out(strip + s, t), Simd::rows(acc[s][t]));
         }
@@ -187,12 +204,15 @@ void gemv(const UnitArgs& args) {
   if constexpr (kTokens < Simd::kGemvTokens) gemv<Simd, kTokens + 1>(args);
 }
 
-// Decodes `chunks` chunks of kStreams strips side by side to [mask][operand], asking memory for those `ahead` bytes
-// later; moves the streams on. (One strip after the other takes 1.4 times as long: from a mask to the next there
-// is one chain.)
+// Decodes `chunks` chunks of kStreams strips side by side to [mask][operand], asking memory for those `ahead`
+// bytes later; moves the streams on. (One strip after the other takes 1.4 times as long: from a mask to the
+// next there is one chain.)
 template <class Simd, int kStreams>
 void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chunks, int64_t ahead) {
   int64_t out = 0;
+  [[maybe_unused]] typename Simd::Accumulator offset[kStreams];
+#pragma GCC unroll 2
+  for (int s = 0; Simd::kOffset && s < kStreams; ++s) offset[s] = unit.offset(s);
   for (int64_t c = 0; c < chunks; ++c) {
     Chunk<Simd> chunk[kStreams];
 #pragma GCC unroll 2
@@ -203,6 +223,7 @@ void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chun
       for (int s = 0; s < kStreams; ++s) {
         typename Simd::Operand w[Simd::kOperands];
         chunk[s].decode(i, unit.table, ahead, w);
+        if constexpr (Simd::kOffset) offset[s] = Simd::offset_of(w[0], offset[s]);
 #pragma GCC unroll 8
         for (int o = 0; o < Simd::kOperands; ++o) {
           Simd::store(unit.decoded(s) + out + o * Simd::kVectorBytes, w[o]);
@@ -212,6 +233,8 @@ void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chun
 #pragma GCC unroll 2
     for (int s = 0; s < kStreams; ++s) stream[s] = chunk[s].run;
   }
+#pragma GCC unroll 2
+  for (int s = 0; Simd::kOffset && s < kStreams; ++s) unit.offset(s) = offset[s];
 }
 
 // Decoded strips times kTokens tokens from `token` on, added to their accumulators.
@@ -283,6 +306,7 @@ void gemm_strips(const Unit<Simd>& unit, int first, int strips) {
     } else {
       std::memset(unit.decoded(s), 0, kDecodedBytes);
     }
+    unit.offset(s) = Simd::zero();
     for (int t = 0; t < tokens; ++t) {
       for (int o = 0; o < Simd::kSums; ++o) unit.accumulators(s, t)[o] = Simd::zero();
       if constexpr (kInteger<Simd>) *unit.sums(s, t) = Simd::no_sums();
@@ -310,9 +334,11 @@ void gemm_strips(const Unit<Simd>& unit, int first, int strips) {
       for (int s = 0; s < strips; ++s) {
         for (int t = 0; t < args.tokens; ++t) {
           auto* acc = unit.accumulators(s, t);
-          *unit.sums(s, t) = Simd::add_scaled(*unit.sums(s, t), Simd::rows(acc), unit.scales(first + s, c));
+          const auto rows = with_offset<Simd>(Simd::rows(acc), unit.offset(s));
+          *unit.sums(s, t) = Simd::add_scaled(*unit.sums(s, t), rows, unit.scales(first + s, c));
           for (int o = 0; o < Simd::kSums; ++o) acc[o] = Simd::zero();
         }
+        unit.offset(s) = Simd::zero();
       }
     }
   }
@@ -339,6 +365,7 @@ void gemm(const UnitArgs& args) {
 template <class Simd>
 float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
   using Element = typename Simd::Element;
+  if constexpr (Simd::kOffset) return Simd::prepare(x, dtype, k, limit, out);
   const float scale = unstructured::prepare_activations<Element>(x, dtype, k, kChunk, limit, out);
   if constexpr (Simd::kReorder) {
     auto* to = static_cast<Element*>(out);
@@ -353,11 +380,13 @@ float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
 
 template <class Simd>
 constexpr Kernels make_kernels(const char* name) {
-  static_assert(Simd::kTileStrips <= kMostTileStrips, "decoded strips");
-  static_assert(Simd::kSums * sizeof(typename Simd::Accumulator) * Simd::kTileStrips * kGemmTokens <= kSavedBytes,
-                "accumulators");
+  static_assert(Simd::kTileStrips <= kMostTileStrips && sizeof(typename Simd::Accumulator) <= 64, "strips");
+  static_assert(
+      Simd::kSums * sizeof(typename Simd::Accumulator) * Simd::kTileStrips * kGemmTokens <= kSavedBytes,
+      "accumulators");
   static_assert(sizeof(typename Simd::Sums) * Simd::kTileStrips * kGemmTokens <= kSavedBytes, "sums");
-  static_assert(kDecodedBytes >= 256 / kChunk * kMasks<Simd> * kDecodedMask<Simd>, "the largest group of scales");
+  static_assert(kDecodedBytes >= 256 / kChunk * kMasks<Simd> * kDecodedMask<Simd>,
+                "the largest group of scales");
   Kernels k{};
   k.name = name;
   k.x_element_bytes = sizeof(typename Simd::Element);

@@ -19,6 +19,11 @@ constexpr unstructured::Levels<Kernels> kLevels{
 const char* kernel_name(Values values, DType x_type) { return select(kLevels, values, x_type).name; }
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
+#if defined(__x86_64__)
+  if (w.header.activation_bits == 8 && active_isa() == Isa::kAvx512) {
+    return strips_linear(avx512_byte_kernels(w.header.values), w, args, pool);
+  }
+#endif
   strips_linear(select(kLevels, w.header.values, args.x_type), w, args, pool);
 }
 

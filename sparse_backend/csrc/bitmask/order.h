@@ -14,8 +14,8 @@ struct ChunkRows {
   const Value* last;                // of all weights there are: memory that may be read
 };
 
-// All write kMaskBytes of masks, and the weights to `out`, which has room for kChunkWeights and 64 bytes more;
-// they return how many. A weight that is a stored float zero may be left out, its mask bit too.
+// All write kMaskBytes of masks, and the weights to `out`, which has room for kChunkWeights and 64 bytes
+// more; they return how many. A weight that is a stored float zero may be left out, its mask bit too.
 struct OrderKernels {
   int (*words)(const ChunkRows<uint16_t>& rows, uint8_t* masks, uint16_t* out);
   int (*coded)(const ChunkRows<uint16_t>& rows, uint8_t* masks, uint16_t* out);  // as kBf16x12 has them

@@ -1,5 +1,5 @@
-// Strip order with AVX-512: rows are expanded to dense ones, transposed 16 x 16 lanes at a time, and each mask's
-// weights compressed. 17408 x 5120 at 50% zeros on one thread of Zen 5: 20 ms, without AVX-512 150 ms.
+// Strip order with AVX-512: rows are expanded to dense ones, transposed 16 x 16 lanes at a time, and each
+// mask's weights compressed. 17408 x 5120 at 50% zeros on one thread of Zen 5: 20 ms, without AVX-512 150 ms.
 #include <immintrin.h>
 
 #include "avx512_expand.h"
@@ -26,7 +26,8 @@ inline void transpose(__m512i v[16]) {
   // v[4 q + j]: lanes 4 l + j of rows 4 q .. 4 q + 3, for the four 128-bit lanes l.
 #pragma GCC unroll 4
   for (int j = 0; j < 4; ++j) {
-    const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88), b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xDD);
+    const __m512i a = _mm512_shuffle_i32x4(v[j], v[4 + j], 0x88),
+                  b = _mm512_shuffle_i32x4(v[j], v[4 + j], 0xDD);
     const __m512i c = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0x88);
     const __m512i d = _mm512_shuffle_i32x4(v[8 + j], v[12 + j], 0xDD);
     t[j] = _mm512_shuffle_i32x4(a, c, 0x88);
@@ -38,8 +39,8 @@ inline void transpose(__m512i v[16]) {
   for (int i = 0; i < 16; ++i) v[i] = t[i];
 }
 
-// The weights of two columns a vector, [row][column] in each. Rows are read under a mask: past a row's last weight
-// there may be no memory.
+// The weights of two columns a vector, [row][column] in each. Rows are read under a mask: past a row's last
+// weight there may be no memory.
 template <class Finish>
 inline void each_half(const ChunkRows<uint16_t>& rows, const Finish& finish) {
   const uint16_t* values[kStripRows];
@@ -85,7 +86,8 @@ int coded(const ChunkRows<uint16_t>& rows, uint8_t* masks, uint16_t* out) {
 #pragma GCC unroll 8
     for (int q = 0; q < 8; ++q) {  // 128-bit lanes of two vectors in turn
       const __m512i a = v[2 * q], b = v[2 * q + 1];
-      const uint64_t low = append(_mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b), out);
+      const uint64_t low =
+          append(_mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), b), out);
       const uint64_t high =
           append(_mm512_permutex2var_epi64(a, _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15), b), out);
       const uint64_t bits = low | high << 32;

@@ -182,7 +182,7 @@ int order(const ChunkRows<Value>& rows, uint8_t* masks, Value* out) {
 
 const OrderKernels& order_kernels() {
   static constexpr OrderKernels kernels{order<Values::kBf16, uint16_t>, order<Values::kBf16x12, uint16_t>,
-                                         order<Values::kInt8, int8_t>};
+                                        order<Values::kInt8, int8_t>};
 #if defined(SPARSE_BACKEND_EMULATE_AVX512)
   if (active_isa() != Isa::kScalar) return avx512_order_kernels();
 #elif defined(__x86_64__)

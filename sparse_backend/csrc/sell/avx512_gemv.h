@@ -1,8 +1,8 @@
 // Both AVX-512 levels: the product of a strip with any number of tokens.
 //
 // A block's 128 activations of a token are a table in four registers, the low bytes and the high bytes of
-// their 16 bits. vpermi2b looks 64 entries' columns up in each, two unpacks make them words: 16 rows' pairs of
-// entries, the operands of two dot products, with weights that were unpacked alike. Zen 5, per step of 64
+// their 16 bits. vpermi2b looks 64 entries' columns up in each, two unpacks make them words: 16 rows' pairs
+// of entries, the operands of two dot products, with weights that were unpacked alike. Zen 5, per step of 64
 // entries, from L1: 8 cycles with decoding for one token, 3.5 for each of four tokens together.
 //
 // A policy has: kValues, kInteger, Vector, zero(), two_entries(weights, activations, sums).
@@ -18,8 +18,8 @@
 namespace sparse_backend::sell {
 namespace {
 
-// Prefetch distance where a thread reads one strip after the other: 8 KB reach the limit of memory on Zen 5 (4 KB
-// 36 GB/s of 41 on one thread, with 90% zeros).
+// Prefetch distance where a thread reads one strip after the other: 8 KB reach the limit of memory on Zen 5
+// (4 KB 36 GB/s of 41 on one thread, with 90% zeros).
 constexpr int64_t kAhead = 8192;
 constexpr int kTableBytes = 2 * kBlockColumns;  // of a token's block
 
@@ -27,7 +27,8 @@ constexpr int kTableBytes = 2 * kBlockColumns;  // of a token's block
 struct FirstBytes {
   uint64_t mask[kSliceRows + 1];
   constexpr FirstBytes() : mask() {
-    for (int n = 0; n <= kSliceRows; ++n) mask[n] = n == kSliceRows ? ~uint64_t{0} : (uint64_t{1} << 2 * n) - 1;
+    for (int n = 0; n <= kSliceRows; ++n)
+      mask[n] = n == kSliceRows ? ~uint64_t{0} : (uint64_t{1} << 2 * n) - 1;
   }
 };
 constexpr FirstBytes kFirstBytes;
@@ -55,8 +56,11 @@ template <Values kValues>
 class Weights {
  public:
   Weights(const Stored& block, const ExponentTable& table, int64_t ahead)
-      : run_(block.run), codes_(block.run + block.header->entries), ahead_(reinterpret_cast<uintptr_t>(block.header) + ahead) {
-    alignas(16) static constexpr int8_t kSigned[16] = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+      : run_(block.run),
+        codes_(block.run + block.header->entries),
+        ahead_(reinterpret_cast<uintptr_t>(block.header) + ahead) {
+    alignas(16) static constexpr int8_t kSigned[16] = {0,  1,  2,  3,  4,  5,  6,  7,
+                                                       -8, -7, -6, -5, -4, -3, -2, -1};
     table_ = unstructured::repeated_table(kValues == Values::kInt4 ? static_cast<const void*>(kSigned)
                                                                    : table.exponent);
   }
@@ -94,8 +98,8 @@ class Weights {
   }
 
  private:
-  // As much as a step takes. Spread over the steps: all at once they would wait for each other, and the loads for
-  // them. As an integer: it may be past the end.
+  // As much as a step takes. Spread over the steps: all at once they would wait for each other, and the loads
+  // for them. As an integer: it may be past the end.
   inline void prefetch(int active) {
     constexpr int64_t kBytes = 2 + unstructured::run_bytes(kValues, 2);
     for (int64_t line = 0; line < kBytes * kSliceRows; line += 64) {
@@ -122,8 +126,8 @@ struct Unpacked {
 
 // One block times kTokens tokens, added to out[token][row].
 template <class Simd, int kTokens, class Source>
-inline void multiply_block(const Stored& block, Source source, const uint8_t* x, float* out, int64_t out_stride,
-                           const float* scales) {
+inline void multiply_block(const Stored& block, Source source, const uint8_t* x, float* out,
+                           int64_t out_stride, const float* scales) {
   using Vector = typename Simd::Vector;
   __m512i table[kTokens][4];
 #pragma GCC unroll 4
@@ -213,13 +217,16 @@ void gemv(const UnitArgs& args) {
       }
       int t = 0;
       for (; t + 4 <= args.tokens; t += 4) {
-        multiply_block<Simd, 4>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride, scales);
+        multiply_block<Simd, 4>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride,
+                                scales);
       }
       for (; t + 2 <= args.tokens; t += 2) {
-        multiply_block<Simd, 2>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride, scales);
+        multiply_block<Simd, 2>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride,
+                                scales);
       }
       if (t < args.tokens) {
-        multiply_block<Simd, 1>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride, scales);
+        multiply_block<Simd, 1>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride,
+                                scales);
       }
     }
   }

@@ -7,8 +7,8 @@
 //   add_scaled(out, acc, scale)            out[kLanes] += acc * scale
 //
 // A row's entries of a block are summed in order, two by two, into one accumulator that starts at
-// zero; the blocks' sums are added in order. `gemv` and `batch` do the same: results depend on neither batch nor
-// threads, nor on the instruction set, but for vdpbf16ps, which rounds differently.
+// zero; the blocks' sums are added in order. `gemv` and `batch` do the same: results depend on neither batch
+// nor threads, nor on the instruction set, but for vdpbf16ps, which rounds differently.
 #pragma once
 
 #include "../unstructured/quantise.h"

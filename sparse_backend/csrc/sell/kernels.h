@@ -31,7 +31,7 @@ struct UnitArgs {
   int64_t group_blocks;            // blocks per group of scales; 0: one group
   const void* x;                   // prepared activations
   int tokens;
-  int token_stride;                // batch: tokens a prepared column holds, a multiple of `lanes`
+  int token_stride;  // batch: tokens a prepared column holds, a multiple of `lanes`
   // gemv: [tokens][out_stride]; batch: [strips * kStripRows][token_stride]. Of integer values before the
   // activations' scales.
   float* out;

@@ -10,13 +10,14 @@
 //
 // In a block the rows are sorted by their number of entries, most first, and cut into 2 slices of
 // 32. A step of a slice holds two entries of each of its active rows, which are the first ones: row
-// after row, so that 64 bytes are the columns of a step, and their halves those of 8 rows each. A row with an odd
-// number of entries ends in a zero at column 0. SELL-C-sigma (Kreutzer et al., 2014) pads slices; here steps
-// shrink instead, so sorting saves steps and costs no bytes.
+// after row, so that 64 bytes are the columns of a step, and their halves those of 8 rows each. A row with an
+// odd number of entries ends in a zero at column 0. SELL-C-sigma (Kreutzer et al., 2014) pads slices; here
+// steps shrink instead, so sorting saves steps and costs no bytes.
 //
-// Layouts tried on Zen 5 (17408 x 5120, 90% zeros, bf16 in 12 bits, one thread, batch 1 | 8, ms): these slices of 32
-// rows, columns looked up as bytes, 0.59 | 1.9; slices of 16 rows, columns widened and looked up as words in four
-// registers, 1.09 | 6.8 (the same bytes); the first one's 4 or 8 strips block by block in turn, 0.75 | 1.9.
+// Layouts tried on Zen 5 (17408 x 5120, 90% zeros, bf16 in 12 bits, one thread, batch 1 | 8, ms): these
+// slices of 32 rows, columns looked up as bytes, 0.59 | 1.9; slices of 16 rows, columns widened and looked up
+// as words in four registers, 1.09 | 6.8 (the same bytes); the first one's 4 or 8 strips block by block in
+// turn, 0.75 | 1.9.
 #pragma once
 
 #include <cstdint>
@@ -41,8 +42,8 @@ static_assert(sizeof(BlockHeader) == 70, "no padding");
 
 namespace {
 
-// Where the sums of the row at place `p` of a slice stand among the 32 of it. Unpacking two registers of bytes
-// leaves four rows of each eight in the first result, four in the second (avx512_gemv.h).
+// Where the sums of the row at place `p` of a slice stand among the 32 of it. Unpacking two registers of
+// bytes leaves four rows of each eight in the first result, four in the second (avx512_gemv.h).
 constexpr int slot(int p) { return p % 8 / 4 * 16 + p / 8 * 4 + p % 4; }
 
 }  // namespace

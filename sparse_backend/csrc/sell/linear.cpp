@@ -87,8 +87,8 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
   const int64_t n = h.out_features, padded = c.blocks() * kBlockColumns;
   const int stride = token_stride(tokens, c.kernels.lanes);
   thread_local Scratch prepared_memory;
-  const int64_t x_bytes = gemv ? tokens * (padded + kBlockColumns) * c.kernels.gemv_element_bytes
-                               : padded * int64_t{4} * stride;
+  const int64_t x_bytes =
+      gemv ? tokens * (padded + kBlockColumns) * c.kernels.gemv_element_bytes : padded * int64_t{4} * stride;
   uint8_t* prepared = prepared_memory.reserve(x_bytes + int64_t{kBatchTokens} * 4);
   float* x_scales = reinterpret_cast<float*>(prepared + x_bytes);
   if (gemv) {

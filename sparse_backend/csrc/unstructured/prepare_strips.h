@@ -25,8 +25,8 @@ void convert_activations(const void* x, int64_t k, Element* out) {
   }
 }
 
-// One token's activations as Elements: float, bf16 (uint16_t) or quantised (int16_t); zeros up to a multiple of
-// `step` columns. Returns their scale.
+// One token's activations as Elements: float, bf16 (uint16_t) or quantised (int16_t); zeros up to a multiple
+// of `step` columns. Returns their scale.
 template <class Element>
 float prepare_activations(const void* x, DType dtype, int64_t k, int64_t step, int limit, void* out) {
   auto* to = static_cast<Element*>(out);

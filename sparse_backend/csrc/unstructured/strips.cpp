@@ -32,8 +32,8 @@ void interleave(const StripKernels& kernels, const uint8_t* row, int64_t bytes, 
   }
 }
 
-// Tiles of equal height: 8 tokens are 4 and 4, not 6 and 2. Where few tokens would be left for a padded tile, lower
-// ones: 64 tokens in tiles of at most 12 are 8 times 8, not 5 times 12 and 4.
+// Tiles of equal height: 8 tokens are 4 and 4, not 6 and 2. Where few tokens would be left for a padded tile,
+// lower ones: 64 tokens in tiles of at most 12 are 8 times 8, not 5 times 12 and 4.
 int tile_height(const BatchKernel& kernel, int tokens) {
   const auto equal = [&](int most) {
     const int tiles = (tokens + most - 1) / most;
@@ -77,13 +77,14 @@ Prepared prepare(const StripKernels& kernels, const BatchKernel* batch, const Vi
   const int64_t count = (tokens + p.height - 1) / p.height;
   parallel_ranges(pool, count, kPrepareElements / (p.height * (k + 1)) + 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch row_memory;
-    uint8_t* row = row_memory.reserve(p.row_bytes);
+    uint8_t* row = row_memory.reserve(2 * p.row_bytes);  // kernels of bytes make words of them first
     for (int64_t first = begin * p.height; first < end * p.height && first < tokens; first += p.height) {
       const int64_t here = tokens - first < p.height ? tokens - first : p.height;
       const int64_t together = round_up(here, step);
       uint8_t* tile = p.x + first * p.row_bytes;
       for (int64_t t = first; t < first + here; ++t) {
-        uint8_t* converted = together == 1 ? tile : row;
+        const bool direct = together == 1 && kernels.x_element_bytes > 1;
+        uint8_t* converted = direct ? tile : row;
         p.scales[t] = kernels.prepare(x + t * x_row_bytes, args.x_type, k, limit, converted);
         for (int64_t b = 0; kernels.wants_sums && b < p.sum_stride; ++b) {
           const auto* block = reinterpret_cast<const int16_t*>(converted) + b * kSumColumns;
@@ -91,7 +92,7 @@ Prepared prepare(const StripKernels& kernels, const BatchKernel* batch, const Vi
           for (int i = 0; i < kSumColumns; ++i) sum += block[i];
           p.sums[t * p.sum_stride + b] = sum;
         }
-        if (together > 1) interleave(kernels, row, p.row_bytes, t - first, together, tile);
+        if (!direct) interleave(kernels, row, p.row_bytes, t - first, together, tile);
       }
       if (together > here) std::memset(row, 0, p.row_bytes);
       for (int64_t t = here; t < together; ++t) {

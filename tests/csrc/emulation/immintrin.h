@@ -234,6 +234,5 @@ inline void _tile_dpbsud(int c, int a, int b) {
   }
 }
 
-#include "words.h"
-
 #include "order.h"
+#include "words.h"

@@ -1,8 +1,13 @@
-// More of the emulated intrinsics, for bitmask/order_avx512.cpp and what came with it. Included by immintrin.h.
+// More of the emulated intrinsics, for bitmask/order_avx512.cpp and what came with it. Included by
+// immintrin.h.
 #pragma once
 
 inline __m512i _mm512_srai_epi16(const __m512i& a, unsigned count) {
   return emulated_lanes<int16_t>(a, a, [=](int16_t x, int16_t) { return x >> count; });
+}
+
+inline __m512i _mm512_sub_epi32(const __m512i& a, const __m512i& b) {
+  return emulated_lanes<uint32_t>(a, b, [](uint32_t x, uint32_t y) { return x - y; });
 }
 
 template <class Lane>
@@ -19,7 +24,9 @@ inline __m512i _mm512_maskz_permutex2var_epi8(__mmask64 mask, const __m512i& a, 
   return emulated_keep<uint8_t>(mask, _mm512_permutex2var_epi8(a, index, b));
 }
 inline __m512i _mm512_movm_epi8(__mmask64 mask) { return emulated_keep<uint8_t>(mask, _mm512_set1_epi8(-1)); }
-inline __mmask64 _mm512_movepi8_mask(const __m512i& v) { return emulated_test<uint8_t>(v, _mm512_set1_epi8(-128)); }
+inline __mmask64 _mm512_movepi8_mask(const __m512i& v) {
+  return emulated_test<uint8_t>(v, _mm512_set1_epi8(-128));
+}
 
 // Masked-off lanes are not read: a fault there does not happen.
 template <class Lane>
@@ -61,7 +68,8 @@ inline __m512i emulated_unpack_lanes(const __m512i& a, const __m512i& b) {
   Lane x[kCount], y[kCount], r[kCount];
   std::memcpy(x, &a, 64);
   std::memcpy(y, &b, 64);
-  for (int i = 0; i < kCount; ++i) r[i] = (i & 1 ? y : x)[i / kPer * kPer + (kUpper ? kPer / 2 : 0) + i % kPer / 2];
+  for (int i = 0; i < kCount; ++i)
+    r[i] = (i & 1 ? y : x)[i / kPer * kPer + (kUpper ? kPer / 2 : 0) + i % kPer / 2];
   return _mm512_loadu_si512(r);
 }
 inline __m512i _mm512_unpacklo_epi32(const __m512i& a, const __m512i& b) {
