@@ -103,7 +103,7 @@ template <Values kKind>
 struct Avx2Shape {
   static constexpr Values kValues = kKind;
   static constexpr int kSums = 4, kVectorBytes = 32;
-  static constexpr int kGemvTokens = 2, kTileStrips = 1, kGemmTile = 3, kTileStep = 1;
+  static constexpr int kGemvTokens = 2, kGemvTiles = 1, kTileStrips = 1, kGemmTile = 3, kTileStep = 1;
   static constexpr bool kReorder = false, kOffset = false;
   static constexpr int streams(int tokens) { return tokens == 1 ? 2 : 1; }
   using Table = ExponentTable;

@@ -106,7 +106,7 @@ struct Avx512Shape {
   static constexpr Values kValues = kKind;
   static constexpr int kSums = 1, kVectorBytes = 64;
   static constexpr bool kOffset = false;
-  static constexpr int kGemvTokens = 8, kTileStrips = 2, kGemmTile = 12, kTileStep = 4;
+  static constexpr int kGemvTokens = 8, kGemvTiles = 3, kTileStrips = 2, kGemmTile = 12, kTileStep = 4;
   static constexpr int streams(int tokens) { return tokens <= 4 ? 4 : 2; }
   static constexpr int sum_of(int) { return 0; }
   using Table = CodeTable<kKind>;

@@ -8,7 +8,7 @@
 //   kBroadcasts    different activations that a mask's operands are multiplied by; operand o takes number
 //                  o % kBroadcasts, of one token kUnitBytes
 //   streams(tokens)  strips side by side that the registers have room for
-//   kGemvTokens    batches up to this size decode into registers
+//   kGemvTokens, kGemvTiles   batches up to so many tiles of so many tokens decode into registers
 //   kTileStrips, kGemmTile, kTileStep   the register tile of the batched kernel (strips.h)
 //   Operand, Accumulator
 //   decode(masks, i, run, table, out)   mask i of a chunk and its run, which it moves past
@@ -100,6 +100,7 @@ struct Unit {
     const int64_t group = args.group_columns > 0 ? chunk * kChunk / args.group_columns : 0;
     return args.scales + strip * args.strip_scales + group * kStripRows;
   }
+  // By how much the rows of strip s of the tile are too large.
   auto& offset(int s) const {
     return *reinterpret_cast<typename Simd::Accumulator*>(decoded(kMostTileStrips) + 2 * kSavedBytes +
                                                           s * 64);
@@ -138,7 +139,7 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
 #pragma GCC unroll 4
     for (int s = 0; s < kStreams; ++s) {
       offset[s] = Simd::zero();
-#pragma GCC unroll 8
+#pragma GCC unroll 12
       for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 4
         for (int o = 0; o < kSums; ++o) acc[s][t][o] = Simd::zero();
@@ -157,7 +158,7 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
           typename Simd::Operand w[Simd::kOperands];
           chunk[s].decode(i, unit.table, kPrefetchBytes, w);
           if constexpr (Simd::kOffset) offset[s] = Simd::offset_of(w[0], offset[s]);
-#pragma GCC unroll 8
+#pragma GCC unroll 12
           for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 8
             for (int o = 0; o < Simd::kOperands; ++o) {
@@ -393,6 +394,7 @@ constexpr Kernels make_kernels(const char* name) {
   k.x_unit_bytes = kUnitBytes<Simd>;
   k.column_step = kChunk;
   k.gemv_tokens = Simd::kGemvTokens;
+  k.gemv_tiles = Simd::kGemvTiles;
   k.wants_sums = false;
   k.scratch_bytes = kScratchBytes;
   k.prepare = prepare<Simd>;

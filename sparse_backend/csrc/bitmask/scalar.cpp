@@ -17,7 +17,7 @@ struct ScalarBase {
   static constexpr int kColumns = mask_columns(kKind);
   static constexpr int kOperands = 1, kBroadcasts = 1, kSums = 1;
   static constexpr int kVectorBytes = kStripRows * kColumns * static_cast<int>(sizeof(Element_));
-  static constexpr int kGemvTokens = 2, kTileStrips = 1, kGemmTile = 4, kTileStep = 1;
+  static constexpr int kGemvTokens = 2, kGemvTiles = 1, kTileStrips = 1, kGemmTile = 4, kTileStep = 1;
   static constexpr bool kReorder = false, kOffset = false;
   static constexpr int streams(int) { return 1; }
   static constexpr int sum_of(int) { return 0; }

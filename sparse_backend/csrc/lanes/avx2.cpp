@@ -23,7 +23,7 @@ struct Avx2Table {
 template <Values kKind>
 struct Avx2 {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 2, kSums = 2, kGemvTokens = 2, kGemmTile = 2, kOffset = 0;
+  static constexpr int kParts = 2, kSums = 2, kGemvTokens = 2, kGemvTiles = 1, kGemmTile = 2, kOffset = 0;
   static constexpr int kPer = kKind == Values::kBf16x12 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / kPer;
   static constexpr int streams(int tokens) { return tokens == 1 ? 2 : 1; }
@@ -75,7 +75,7 @@ struct Avx2 {
 template <Values kKind>
 struct Avx2Integer {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 2, kSums = 2, kGemvTokens = 2, kGemmTile = 2;
+  static constexpr int kParts = 2, kSums = 2, kGemvTokens = 2, kGemvTiles = 1, kGemmTile = 2;
   static constexpr int kPer = kKind == Values::kInt4 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / 2 / kPer;
   static constexpr int kOffset = kKind == Values::kInt4 ? 8 : 0;  // as in avx512.cpp

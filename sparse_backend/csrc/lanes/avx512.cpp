@@ -11,7 +11,7 @@ namespace {
 template <Values kKind>
 struct Avx512 {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemmTile = 12, kOffset = 0;
+  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4, kGemmTile = 12, kOffset = 0;
   static constexpr int kPer = kKind == Values::kBf16x12 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / kPer;
   static constexpr int streams(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
@@ -54,7 +54,7 @@ struct Avx512 {
 template <Values kKind>
 struct Avx512Integer {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemmTile = 12;
+  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4, kGemmTile = 12;
   static constexpr int kPer = kKind == Values::kInt4 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / 2 / kPer;
   // Half bytes are taken as they are, 0 to 15, with the sign bit turned round.

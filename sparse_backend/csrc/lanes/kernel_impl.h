@@ -4,7 +4,7 @@
 //   kSteps, kPer   decode() makes kPer operands of 16 rows; kSteps times per block
 //   kParts         vectors an operand is made of
 //   kSums          accumulators per output; operand i of a block goes to number i % kSums
-//   kGemvTokens    batches up to this size decode into registers
+//   kGemvTokens, kGemvTiles   batches up to so many tiles of so many tokens decode into registers
 //   streams(tokens)  strips side by side that the registers have room for
 //   kGemmTile      tokens in the register tile of the batched kernel
 //   Element        of the prepared activations; an operand takes 4 bytes of them: one float, or a
@@ -406,6 +406,7 @@ constexpr Kernels make_kernels(const char* name) {
   k.x_unit_bytes = 4;
   k.column_step = kBlockColumns;
   k.gemv_tokens = Simd::kGemvTokens;
+  k.gemv_tiles = Simd::kGemvTiles;
   k.wants_sums = Simd::kOffset != 0;
   k.scratch_bytes = kScratchBytes;
   k.prepare = prepare<Simd>;

@@ -13,7 +13,8 @@ struct Lanes {
 template <Values kKind>
 struct Scalar {
   static constexpr Values kValues = kKind;
-  static constexpr int kSteps = 1, kPer = 16, kParts = 1, kSums = 4, kGemvTokens = 2, kGemmTile = 4;
+  static constexpr int kSteps = 1, kPer = 16, kParts = 1, kSums = 4, kGemvTokens = 2, kGemvTiles = 1,
+                       kGemmTile = 4;
   static constexpr int kOffset = 0;
   static constexpr int streams(int) { return 1; }
   using Element = float;
@@ -67,7 +68,8 @@ struct Scalar {
 template <Values kKind>
 struct ScalarInteger {
   static constexpr Values kValues = kKind;
-  static constexpr int kSteps = 1, kPer = 8, kParts = 1, kSums = 4, kGemvTokens = 2, kGemmTile = 4;
+  static constexpr int kSteps = 1, kPer = 8, kParts = 1, kSums = 4, kGemvTokens = 2, kGemvTiles = 1,
+                       kGemmTile = 4;
   static constexpr int kOffset = 0;
   static constexpr int streams(int) { return 1; }
   using Element = int16_t;

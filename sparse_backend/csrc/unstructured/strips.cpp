@@ -54,14 +54,13 @@ struct Prepared {
   int height;  // tokens of a tile
 };
 
-// `batch`: nullptr for gemv, whose tokens are one tile.
-Prepared prepare(const StripKernels& kernels, const BatchKernel* batch, const View& w, const LinearArgs& args,
-                 int64_t token, int tokens, const ThreadPool& pool) {
+Prepared prepare(const StripKernels& kernels, const BatchKernel& kernel, const View& w,
+                 const LinearArgs& args, int64_t token, int tokens, const ThreadPool& pool) {
   const int64_t k = w.header.in_features, x_row_bytes = k * element_bytes(args.x_type);
   const int64_t padded = round_up(k, kernels.column_step);
-  const int step = batch != nullptr ? batch->step : 1;
+  const int step = kernel.step;
   Prepared p{};
-  p.height = batch != nullptr ? tile_height(*batch, tokens) : tokens;
+  p.height = tile_height(kernel, tokens);
   p.row_bytes = padded * kernels.x_element_bytes;
   p.sum_stride = padded / kSumColumns;
   const int64_t places = round_up(tokens, step);
@@ -109,11 +108,14 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
                    const ThreadPool& pool) {
   const Header& h = w.header;
   const int64_t k = h.in_features, n = h.out_features, groups = scale_groups(h);
-  const BatchKernel* batch = args.tokens > kernels.gemv_tokens ? &kernels.gemm : nullptr;
-  const int64_t most = batch != nullptr ? batch->tokens : kernels.gemv_tokens;
+  // Tile after tile with gemv: from the second on a unit's weights come from the L2 cache.
+  const bool batched = args.tokens > int64_t{kernels.gemv_tokens} * kernels.gemv_tiles;
+  const BatchKernel tiles{kernels.gemv, kernels.gemv_tokens * kernels.gemv_tiles, kernels.gemv_tokens, 1};
+  const BatchKernel& kernel = batched ? kernels.gemm : tiles;
+  const int64_t most = kernel.tokens;
   for (int64_t token = 0; token < args.tokens; token += most) {
     const int tokens = static_cast<int>(args.tokens - token < most ? args.tokens - token : most);
-    const Prepared prepared = prepare(kernels, batch, w, args, token, tokens, pool);
+    const Prepared prepared = prepare(kernels, kernel, w, args, token, tokens, pool);
     // Small matrices stay on this thread; large ones are cut into at least eight pieces per thread, as some
     // cores may be half as fast as others.
     constexpr int64_t kMultiplyAdds = 262144;
@@ -129,13 +131,10 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
       unit.columns = k;
       unit.exponents = &h.exponents;
       unit.group_columns = h.group_size;
-      unit.x = prepared.x;
       unit.x_row_bytes = prepared.row_bytes;
       unit.tile_tokens = prepared.height;
       unit.strip_scales = groups * kStripRows;
-      unit.x_sums = prepared.sums;
       unit.x_sum_stride = prepared.sum_stride;
-      unit.tokens = tokens;
       unit.out = reinterpret_cast<float*>(scratch);
       unit.scratch = scratch + result_bytes;
       for (int64_t u = begin; u < end; ++u) {
@@ -146,15 +145,21 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
           const uint64_t offset = w.offsets[first + s];
           unit.strip[s] = offset == w.offsets[first + s + 1] ? nullptr : w.stream + offset;
         }
-        (batch != nullptr ? batch->run : kernels.gemv)(unit);
         const int64_t rows = unit.strips * int64_t{kStripRows};
-        store_results(w, args, prepared.scales, token, tokens, row, n - row < rows ? n - row : rows,
-                      [&](int t, float* out) {
-                        for (int s = 0; s < unit.strips; ++s) {
-                          std::memcpy(out + s * kStripRows, unit.out + (s * tokens + t) * kStripRows,
-                                      kStripRows * sizeof(float));
-                        }
-                      });
+        const int step = batched ? tokens : prepared.height;
+        for (int t = 0; t < tokens; t += step) {
+          unit.x = prepared.x + t * prepared.row_bytes;
+          unit.x_sums = prepared.sums + t * prepared.sum_stride;
+          unit.tokens = tokens - t < step ? tokens - t : step;
+          kernel.run(unit);
+          store_results(w, args, prepared.scales + t, token + t, unit.tokens, row,
+                        n - row < rows ? n - row : rows, [&](int i, float* out) {
+                          for (int s = 0; s < unit.strips; ++s) {
+                            std::memcpy(out + s * kStripRows, unit.out + (s * unit.tokens + i) * kStripRows,
+                                        kStripRows * sizeof(float));
+                          }
+                        });
+        }
       }
     });
   }

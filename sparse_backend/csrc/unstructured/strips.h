@@ -45,13 +45,14 @@ struct StripKernels {
   int64_t x_element_bytes;  // of the prepared activations
   int64_t x_unit_bytes;     // of a token's activations that stand together in a tile: 4, 8 or 16
   int64_t column_step;      // activations are zero-padded to a multiple of so many columns
-  int gemv_tokens;          // batches up to this size are faster with `gemv`
+  int gemv_tokens;          // most in a tile of `gemv`
+  int gemv_tiles;           // batches of up to so many tiles are faster with `gemv`
   bool wants_sums;          // of the activations, 16 by 16
   int64_t scratch_bytes;    // per thread
   // Converts one token's `k` activations, zero-padded. For integer values they are int16 below `limit`;
   // returns their scale.
   float (*prepare)(const void* x, DType dtype, int64_t k, int limit, void* out);
-  // Decodes into registers, for 1..gemv_tokens tokens: one tile.
+  // Decodes into registers, for 1..gemv_tokens tokens.
   void (*gemv)(const StripArgs& args);
   BatchKernel gemm;
 };
