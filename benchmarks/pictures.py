@@ -22,11 +22,17 @@ def _save(figure: plt.Figure, name: str) -> Path:
     return path
 
 
+def _legend(axes: plt.Axes) -> None:
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+
+
 def _lines(axes: plt.Axes, rows: Rows, x: str, y: str) -> None:
     for kernel in dict.fromkeys(r["kernel"] for r in rows):
         mine = sorted((r for r in rows if r["kernel"] == kernel), key=lambda r: r[x])
-        dense = kernel in ("F.linear", "onednn_mm")
-        axes.plot([r[x] for r in mine], [r[y] for r in mine], "k--" if dense else "o-", label=kernel, markersize=4)
+        # Two dense products, and more of ours than there are colours.
+        marker = ("o", "s")[len(axes.lines) // 10]
+        style = {"F.linear": "k:", "onednn_mm": "k--"}.get(kernel, f"{marker}-")
+        axes.plot([r[x] for r in mine], [r[y] for r in mine], style, label=kernel, markersize=4)
 
 
 def of_kernels(name: str, rows: Rows, cpu: str) -> list[Path]:
@@ -39,21 +45,21 @@ def of_kernels(name: str, rows: Rows, cpu: str) -> list[Path]:
     written = []
     first_batch = [r for r in rows if r["batch"] == min(r["batch"] for r in rows)]
     if len({r["zeros"] for r in first_batch}) > 1:
-        figure, axes = plt.subplots(figsize=(8, 5))
+        figure, axes = plt.subplots(figsize=(9.5, 5))
         _lines(axes, first_batch, "zeros", "ms")
         axes.set(xlabel="share of zeros", ylabel="milliseconds", title=f"{title}, batch {first_batch[0]['batch']}")
         axes.set_ylim(bottom=0)
-        axes.legend(fontsize=8)
+        _legend(axes)
         written.append(_save(figure, f"{name}-zeros"))
     middle = sorted({r["zeros"] for r in rows})[len({r["zeros"] for r in rows}) // 2]
     one_density = [r for r in rows if r["zeros"] == middle]
     if len({r["batch"] for r in one_density}) > 3:
-        figure, axes = plt.subplots(figsize=(8, 5))
+        figure, axes = plt.subplots(figsize=(9.5, 5))
         _lines(axes, one_density, "batch", "ms")
         axes.set(
             xlabel="batch", ylabel="milliseconds", title=f"{title}, {middle:.0%} zeros", xscale="log", yscale="log"
         )
-        axes.legend(fontsize=8)
+        _legend(axes)
         written.append(_save(figure, f"{name}-batch"))
     written.append(_roofline(name, first_batch, title))
     return written
@@ -61,7 +67,7 @@ def of_kernels(name: str, rows: Rows, cpu: str) -> list[Path]:
 
 def _roofline(name: str, rows: Rows, title: str) -> Path:
     """Useful multiply-adds per second over multiply-adds per byte: memory bounds the left side."""
-    figure, axes = plt.subplots(figsize=(8, 5))
+    figure, axes = plt.subplots(figsize=(9.5, 5))
     reads = max(r["read_gb_per_s"] for r in rows)
     for kernel in dict.fromkeys(r["kernel"] for r in rows):
         mine = [r for r in rows if r["kernel"] == kernel]
@@ -75,7 +81,7 @@ def _roofline(name: str, rows: Rows, title: str) -> Path:
         xlabel="dense multiply-adds per byte read", ylabel="dense multiply-adds per second, billions",
         title=title, xscale="log", yscale="log",
     )  # fmt: skip
-    axes.legend(fontsize=8)
+    _legend(axes)
     return _save(figure, f"{name}-roofline")
 
 

@@ -26,6 +26,8 @@
 // columns in both.
 #pragma once
 
+#include <utility>
+
 #include "../unstructured/prepare_strips.h"
 #include "kernels.h"
 
@@ -119,6 +121,18 @@ inline typename Simd::Rows with_offset(typename Simd::Rows rows, const typename 
   return rows;
 }
 
+// body(i) for i from 0 to kCount - 1, i a constant: a loop over accumulators that stays a loop, as GCC may
+// leave one that it finds too long, keeps all of them in memory.
+template <int... kIndex, class Body>
+[[gnu::always_inline]] inline void each_of(std::integer_sequence<int, kIndex...>, const Body& body) {
+  (body(std::integral_constant<int, kIndex>{}), ...);
+}
+template <int kCount, class Body>
+[[gnu::always_inline]] inline void each(const Body& body) {
+  each_of(std::make_integer_sequence<int, kCount>{}, body);
+}
+#define SPARSE_BACKEND_INLINE __attribute__((always_inline))
+
 // kTokens tokens times kStreams strips from number `strip` on.
 template <class Simd, int kTokens, int kStreams>
 void gemv_strips(const Unit<Simd>& unit, int strip) {
@@ -128,63 +142,56 @@ void gemv_strips(const Unit<Simd>& unit, int strip) {
   Accumulator acc[kStreams][kTokens][kSums];
   typename Simd::Sums sums[kStreams][kTokens];
   [[maybe_unused]] Accumulator offset[kStreams];
-  for (int s = 0; s < kStreams; ++s) {
+  each<kStreams>([&](auto s) SPARSE_BACKEND_INLINE {
     stream[s] = unit.args.strip[strip + s];
-    for (int t = 0; t < kTokens; ++t) sums[s][t] = Simd::no_sums();
-  }
+    each<kTokens>([&](auto t) SPARSE_BACKEND_INLINE { sums[s][t] = Simd::no_sums(); });
+  });
   const uint8_t* x = unit.args.x;
   const int64_t segment = unit.segment();
   for (int64_t first = 0; first < unit.chunks; first += segment) {
     const int64_t end = first + segment < unit.chunks ? first + segment : unit.chunks;
-#pragma GCC unroll 4
-    for (int s = 0; s < kStreams; ++s) {
+    each<kStreams>([&](auto s) SPARSE_BACKEND_INLINE {
       offset[s] = Simd::zero();
-#pragma GCC unroll 12
-      for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 4
-        for (int o = 0; o < kSums; ++o) acc[s][t][o] = Simd::zero();
-      }
-    }
+      each<kTokens>([&](auto t) SPARSE_BACKEND_INLINE {
+        each<kSums>([&](auto o) SPARSE_BACKEND_INLINE { acc[s][t][o] = Simd::zero(); });
+      });
+    });
     for (int64_t c = first; c < end; ++c, x += kChunkBytes<Simd> * kTokens) {
       Chunk<Simd> chunk[kStreams];
-#pragma GCC unroll 4
-      for (int s = 0; s < kStreams; ++s) {
-        chunk[s].begin(stream[s], kPrefetchBytes);
-      }
+      each<kStreams>([&](auto s) SPARSE_BACKEND_INLINE { chunk[s].begin(stream[s], kPrefetchBytes); });
 #pragma GCC unroll 4
       for (int i = 0; i < kMasks<Simd>; ++i) {
-#pragma GCC unroll 4
-        for (int s = 0; s < kStreams; ++s) {
+        each<kStreams>([&](auto s) SPARSE_BACKEND_INLINE {
           typename Simd::Operand w[Simd::kOperands];
           chunk[s].decode(i, unit.table, kPrefetchBytes, w);
           if constexpr (Simd::kOffset) offset[s] = Simd::offset_of(w[0], offset[s]);
-#pragma GCC unroll 12
-          for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 8
-            for (int o = 0; o < Simd::kOperands; ++o) {
+          each<kTokens>([&](auto t) SPARSE_BACKEND_INLINE {
+            each<Simd::kOperands>([&](auto o) SPARSE_BACKEND_INLINE {
               const int unit_of = (i * Simd::kBroadcasts + o % Simd::kBroadcasts) * kTokens + t;
               Accumulator& a = acc[s][t][Simd::sum_of(o)];
               a = Simd::multiply_add(w[o], Simd::broadcast(x + unit_of * kUnitBytes<Simd>), a);
-            }
-          }
-        }
+            });
+          });
+        });
       }
-#pragma GCC unroll 4
-      for (int s = 0; s < kStreams; ++s) stream[s] = chunk[s].run;
+      each<kStreams>([&](auto s) SPARSE_BACKEND_INLINE { stream[s] = chunk[s].run; });
     }
-    for (int s = 0; s < kStreams; ++s) {
-      for (int t = 0; t < kTokens; ++t) {
+    each<kStreams>([&](auto s) SPARSE_BACKEND_INLINE {
+      each<kTokens>([&](auto t) SPARSE_BACKEND_INLINE {
         if constexpr (kInteger<Simd>) {
           const auto rows = with_offset<Simd>(Simd::rows(acc[s][t]), offset[s]);
           sums[s][t] = Simd::add_scaled(sums[s][t], rows, unit.scales(strip + s, first));
         } else {
           Simd::store_rows(unit.out(strip + s, t), Simd::rows(acc[s][t]));
         }
-      }
-    }
+      });
+    });
   }
-  for (int s = 0; kInteger<Simd> && s < kStreams; ++s) {
-    for (int t = 0; t < kTokens; ++t) Simd::store_rows(unit.out(strip + s, t), sums[s][t]);
+  if constexpr (kInteger<Simd>) {
+    each<kStreams>([&](auto s) SPARSE_BACKEND_INLINE {
+      each<kTokens>([&](auto t)
+                        SPARSE_BACKEND_INLINE { Simd::store_rows(unit.out(strip + s, t), sums[s][t]); });
+    });
   }
 }
 
