@@ -234,5 +234,4 @@ inline void _tile_dpbsud(int c, int a, int b) {
   }
 }
 
-#include "order.h"
 #include "words.h"

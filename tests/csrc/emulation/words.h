@@ -183,3 +183,5 @@ inline __m512i _mm512_mask_blend_epi32(__mmask16 mask, const __m512i& a, const _
   for (int i = 0; i < 32; ++i) r.h[i] = (mask >> (i / 2)) & 1U ? b.h[i] : a.h[i];
   return r;
 }
+
+#include "order.h"  // which builds on this
