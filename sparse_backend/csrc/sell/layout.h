@@ -30,7 +30,7 @@ constexpr int kSlices = kStripRows / kSliceRows;
 constexpr int kBlockColumns = 128;
 constexpr int kMostSteps = kSlices * kBlockColumns / 2;
 constexpr int kMostEntries = kStripRows * kBlockColumns;
-constexpr uint64_t kMagic = 0x31304C4C45534253ULL;  // "SBSELL01", little endian
+constexpr uint64_t kMagic = 0x32304C4C45534253ULL;  // "SBSELL02", little endian
 
 struct BlockHeader {
   uint8_t rank[kStripRows];  // of each row: slice * kSliceRows + slot(place in the sorted order)
