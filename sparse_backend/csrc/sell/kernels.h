@@ -13,7 +13,6 @@ using unstructured::Values;
 
 // Most strips a kernel call computes, block by block in turn: they share the block's activations.
 constexpr int kUnitStrips = 8;
-constexpr int kUnitRows = kUnitStrips * kStripRows;
 // Tokens per call: 128 columns of them are 32 KB of floats.
 constexpr int kBatchTokens = 64;
 // Entries that the words of a block may need, padded to what decoders write.

@@ -22,7 +22,7 @@ enum class Values : int32_t { kBf16 = 0, kFp16 = 1, kBf16x12 = 2, kInt8 = 3, kIn
 constexpr int kValueKinds = 5;
 
 // Decoders read and write whole groups of 64. The lengths of runs are random, so a loop over a run's
-// groups would be mispredicted again and again: least_decoded() groups are decoded of every run.
+// groups would be mispredicted again and again: callers may ask for more than a run holds.
 constexpr int kDecodeGroup = 64;
 constexpr int kExponentCodes = 16;
 constexpr int kEscapeCode = 15;
@@ -46,20 +46,6 @@ constexpr int64_t run_bytes(Values v, int64_t n) {
     default:
       return 2 * n;
   }
-}
-
-// How many values to decode of every run of `positions` weights, stored with this density: the mean
-// and 2.4 deviations more, in whole groups.
-inline int64_t least_decoded(double density, int64_t positions) {
-  const double mean = density * static_cast<double>(positions);
-  int64_t groups = 1;
-  // Deviation of a binomial count: variance = mean * (1 - density).
-  while (groups * kDecodeGroup < positions) {
-    const double room = static_cast<double>(groups * kDecodeGroup) - mean;
-    if (room > 0 && room * room > 6.0 * mean * (1 - density)) break;
-    ++groups;
-  }
-  return groups * kDecodeGroup;
 }
 
 }  // namespace
