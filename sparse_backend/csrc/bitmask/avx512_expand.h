@@ -15,6 +15,9 @@
 namespace sparse_backend::bitmask {
 namespace {
 
+using unstructured::broadcast_dword;
+using unstructured::CodeTable;
+
 // The first popcount(mask) words of `packed`, each moved to the position of its mask bit; zeros elsewhere.
 inline __m512i expand_words(uint32_t mask, __m512i packed) {
 #if defined(SPARSE_BACKEND_EMULATE_AVX512)
@@ -40,22 +43,6 @@ inline __m512i expand_bytes(uint64_t mask, __m512i packed) {
   return expanded;
 #endif
 }
-
-// What kinds of 4-bit codes mean, for vpermb.
-template <Values kValues>
-struct CodeTable {
-  __m512i codes;
-  explicit CodeTable(const unstructured::ExponentTable& exponents) {
-    alignas(16) static constexpr int8_t kSigned[16] = {0,  1,  2,  3,  4,  5,  6,  7,
-                                                       -8, -7, -6, -5, -4, -3, -2, -1};
-    codes = unstructured::repeated_table(kValues == Values::kInt4 ? static_cast<const void*>(kSigned)
-                                                                  : exponents.exponent);
-  }
-  // 64 codes as bytes.
-  inline __m512i look_up(const uint8_t* halves) const {
-    return _mm512_permutexvar_epi8(unstructured::half_bytes_garbled(halves), codes);
-  }
-};
 
 // Mask i and its run as vectors of 16 rows x 2 columns of 16-bit floats: one, or of kBf16x12 two. Coded
 // values are expanded as bytes, low and high ones apart: decoding a chunk's runs to words first, and
@@ -89,12 +76,6 @@ inline __m512i next_bytes(const uint8_t* masks, int i, const uint8_t*& run, cons
   const __m512i packed = kValues == Values::kInt4 ? table.look_up(run) : _mm512_loadu_si512(run);
   run += unstructured::run_bytes(kValues, __builtin_popcountll(mask));
   return expand_bytes(mask, packed);
-}
-
-inline __m512i broadcast_dword(const uint8_t* x) {
-  int32_t dword;
-  std::memcpy(&dword, x, sizeof(dword));
-  return _mm512_set1_epi32(dword);
 }
 
 // Tiles of 2 strips x 12 tokens reach 0.95 of the machine's dot products on Zen 5, of 4 x 6 0.87. A batched

@@ -9,24 +9,18 @@
 namespace sparse_backend::lanes {
 namespace {
 
-inline __m512i broadcast_dword(const uint8_t* x) {
-  int32_t dword;
-  std::memcpy(&dword, x, sizeof(dword));
-  return _mm512_set1_epi32(dword);
-}
+using unstructured::broadcast_dword;
 
 template <Values kKind>
 struct WordTable {
-  __m512i exponents;
-  explicit WordTable(const unstructured::ExponentTable& table)
-      : exponents(unstructured::repeated_table(table.exponent)) {}
+  unstructured::CodeTable<kKind> exponents;
+  explicit WordTable(const unstructured::ExponentTable& table) : exponents(table) {}
 
   // Two columns, or of kBf16x12 four: the orders of value_at().
   template <int kStep>
   inline void words(const uint8_t* run, __m512i out[]) const {
     if constexpr (kKind == Values::kBf16x12) {
-      const __m512i codes = unstructured::half_bytes_garbled(run + kBlockWeights + 32 * kStep);
-      const __m512i high = _mm512_permutexvar_epi8(codes, exponents);
+      const __m512i high = exponents.look_up(run + kBlockWeights + 32 * kStep);
       const __m512i low = _mm512_loadu_si512(run + 64 * kStep);
       const __m512i a = _mm512_unpacklo_epi8(low, high), b = _mm512_unpackhi_epi8(low, high);
       out[0] = _mm512_shrdi_epi16(a, a, 1);

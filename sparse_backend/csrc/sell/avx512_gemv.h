@@ -58,17 +58,13 @@ class Weights {
   Weights(const Stored& block, const ExponentTable& table, int64_t ahead)
       : run_(block.run),
         codes_(block.run + block.header->entries),
-        ahead_(reinterpret_cast<uintptr_t>(block.header) + ahead) {
-    alignas(16) static constexpr int8_t kSigned[16] = {0,  1,  2,  3,  4,  5,  6,  7,
-                                                       -8, -7, -6, -5, -4, -3, -2, -1};
-    table_ = unstructured::repeated_table(kValues == Values::kInt4 ? static_cast<const void*>(kSigned)
-                                                                   : table.exponent);
-  }
+        ahead_(reinterpret_cast<uintptr_t>(block.header) + ahead),
+        table_(table) {}
 
   inline void next(int active, __mmask64 bytes, __m512i& first, __m512i& last) {
     prefetch(active);
     if constexpr (kValues == Values::kBf16x12) {
-      const __m512i high = _mm512_permutexvar_epi8(unstructured::half_bytes_garbled(codes_), table_);
+      const __m512i high = table_.look_up(codes_);
       const __m512i low = _mm512_loadu_si512(run_);
       first = _mm512_unpacklo_epi8(low, high);
       last = _mm512_unpackhi_epi8(low, high);
@@ -82,7 +78,7 @@ class Weights {
         v = _mm512_loadu_si512(run_);
         run_ += 2 * active;
       } else {
-        v = _mm512_permutexvar_epi8(unstructured::half_bytes_garbled(run_), table_);
+        v = table_.look_up(run_);
         run_ += active;
       }
       first = _mm512_srai_epi16(_mm512_unpacklo_epi8(v, v), 8);
@@ -111,7 +107,7 @@ class Weights {
   const uint8_t* run_;
   const uint8_t* codes_;
   uintptr_t ahead_;
-  __m512i table_;
+  unstructured::CodeTable<kValues> table_;
 };
 
 // Weights that were unpacked before.
