@@ -130,13 +130,15 @@ def calibrate(
         check_writable("--out", to)
     profile = _measure(True)
     table = Table("kernel", box=box.SIMPLE_HEAD, show_edge=False)
-    for name in ("1 token", "8", "64", "memory not hidden"):
+    for name in ("1 token", "8", "64", "exponent"):
         table.add_column(name, justify="right")
     at = [profile.batches.index(b) for b in (1, 8, 64)]
     for name, k in profile.kernels.items():
         rates = [f"{(k.position[i] + k.stored[i]) * 1e12:,.0f}" for i in at]
-        table.add_row(name, *rates, "-" if name.startswith("dense") else f"{k.overlap:.0%}")
-    out.print("picoseconds per weight, all of them stored, from the cache (dense: from memory)")
+        table.add_row(name, *rates, f"{k.exponent[0]:.1f}")
+    out.print(
+        "picoseconds per weight, all of them stored, from the cache; memory: of the shorter of both times at 1 token"
+    )
     out.print(table)
     out.print(f"{profile.machine}: reads {human_bytes(profile.bandwidth)}/s", highlight=False, markup=False)
     if to is not None:

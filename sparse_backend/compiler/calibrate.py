@@ -1,14 +1,12 @@
 """Measures a Profile: seconds, once per machine, thread count and build of the kernels; then cached.
 
-Every kernel multiplies two weights of different density that stay in the last-level cache (so: instructions), and
-copies of a large one, which do not (so: memory, and what does not overlap with it).
+Every kernel multiplies by two weights of different density that stay in the last-level cache (so: instructions), and
+by one of them after something else has filled the cache (so: memory, and what does not overlap with it).
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import dataclasses
 import fcntl
 import functools
 import hashlib
@@ -16,7 +14,9 @@ import importlib
 import importlib.util
 import json
 import logging
+import math
 import os
+import statistics
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -24,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import envs
@@ -34,22 +35,29 @@ from ..formats import get_format
 from ..kernels import cpu, registry
 from ..options import Options
 from ..packed import MachineWeight
-from .cost import KERNELS, KernelCost, Profile, machine_bytes
+from .cost import KERNELS, KernelCost, Profile, both, machine_bytes
 
 logger = logging.getLogger("sparse_backend")
 
 BATCHES = (1, 2, 4, 8, 16, 64)
-_SMALL = (2048, 2048)
-_LARGE = (4096, 4096)
-# Copies of a large weight are read in turn until so much has passed: more than caches hold.
-_STREAMED_BYTES = 128 << 20
-# Seconds to spend on one number, and the fewest and most calls it may come from.
-_SMALL_SECONDS, _LARGE_SECONDS = 0.007, 0.07
+# Of the numbers of tokens, those that are also measured from memory; the others lie between.
+_COLD_BATCHES = (1, 8, 64)
+# Of the weights: as large as stays in the cache, as every call from memory also takes a while to get going.
+_COLUMNS, _FEW_ROWS, _ROWS, _MANY_ROWS = 4096, 64, 2048, 4096
+_CACHED_BYTES = 16 << 20
+# Read before each turn from memory. Caches keep some of what they were given before: it takes several times their size.
+_FILLER_BYTES = 128 << 20
+# Seconds to spend on one hot number, and the fewest and most calls it may come from; turns from memory.
+_SECONDS = 0.007
 _CALLS = (4, 80)
-_MADV_HUGEPAGE = 14
+_COLD_ROUNDS = 10
+# What is tried for KernelCost.exponent and scale.
+_EXPONENTS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
+_SCALES = tuple(np.linspace(0.6, 1.5, 91).tolist())
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 Progress = Callable[[int, int, str], None]
+Product = Callable[[torch.Tensor], Any]
 
 
 def current_profile(progress: Progress | None = None, again: bool = False) -> Profile:
@@ -162,26 +170,24 @@ def calibrate(progress: Progress | None = None) -> Profile:
 
 
 def _calibrate(progress: Progress | None) -> Profile:
-    probe = torch.ones(1 << 25, dtype=torch.int64)
-    bandwidth = probe.nbytes / _sample([probe.sum], _LARGE_SECONDS)
-    del probe
     overhead = _overhead()
     measured: dict[str, _Measured] = {}
     for i, (format, values) in enumerate(KERNELS):
         if progress is not None:
             progress(i, len(KERNELS), f"{format} {values}")
         measured[f"{format}/{values}"] = _Measured(format, values, overhead)
+    bandwidths = _measure_cold([*measured.values()])
     # A second round, seconds later: on a shared machine a slow moment is never the same kernel's twice.
     for name, m in measured.items():
         if not name.endswith(("/fp16", "/fp32")):  # rare
-            m.measure()
-    # What a kernel really read faster than the probe is the better probe.
-    bandwidth = max([bandwidth, *(m.bytes / m.seconds for m in measured.values())])
-    kernels = {name: m.fit(bandwidth) for name, m in measured.items()}
+            m.measure_hot()
+    kernels = {name: m.fit() for name, m in measured.items()}
     machine = f"{cpu_model()}, {cpu.active_isa()}, {torch.get_num_threads()} threads"
     if progress is not None:
         progress(len(KERNELS), len(KERNELS), "")
-    return Profile(machine, fingerprint(), torch.get_num_threads(), bandwidth, overhead, BATCHES, kernels)
+    return Profile(
+        machine, fingerprint(), torch.get_num_threads(), statistics.median(bandwidths), overhead, BATCHES, kernels
+    )
 
 
 def _busy() -> bool:
@@ -189,60 +195,84 @@ def _busy() -> bool:
     threads = torch.get_num_threads()
     if threads == 1:
         return False
-    machine = get_format("bitmask").pack(_weight(_SMALL, 0.5, "").bfloat16(), Options()).lower()
-    product = _product(machine, _x(_SMALL[1], 1, torch.bfloat16))
-    together = _sample([product], _LARGE_SECONDS)
+    machine = get_format("bitmask").pack(_weight(0.5)[:_ROWS].bfloat16(), Options()).lower()
+    product = partial(_product(machine), _x(_COLUMNS, 1, torch.bfloat16))
+    together = _sample(product, 10 * _SECONDS)
     torch.set_num_threads(1)
-    alone = _sample([product], _LARGE_SECONDS)
+    alone = _sample(product, 10 * _SECONDS)
     torch.set_num_threads(threads)
     return together > 1.5 * alone
 
 
+def _measure_cold(measured: list[_Measured]) -> list[float]:
+    """Time all kernels in turn, after something that fills the cache; returns the bandwidth of every turn.
+
+    Each finds its weight in memory because all the others' have passed since.
+    """
+    filler = torch.ones(_FILLER_BYTES // 8, dtype=torch.int64)
+    rates = []
+    for batch in _COLD_BATCHES:
+        for _ in range(_COLD_ROUNDS):
+            start = time.perf_counter()
+            filler.sum()
+            rates.append(filler.nbytes / (time.perf_counter() - start))
+            for m in measured:
+                m.measure_cold(batch, rates[-1])
+    return rates
+
+
 class _Measured:
-    """One kernel's measurements, from which its coefficients follow once the bandwidth is known."""
+    """One kernel's measurements, from which its coefficients follow.
+
+    Every product is timed hot, its weight in the last-level cache, and (for `_COLD_BATCHES`) cold.
+    """
 
     def __init__(self, format: str, values: str, overhead: float) -> None:
         self.format, self.values, self.overhead = format, values, overhead
         self.dtype = _DTYPES.get(values, torch.bfloat16)
-        # Per density, per number of tokens: what to call, and the seconds it took.
-        self.calls: list[list[list[Callable[[], Any]]]] = []
-        self.densities: tuple[float, ...]
-        self.budget = _SMALL_SECONDS
+        self.xs = [_x(_COLUMNS, m, self.dtype) for m in BATCHES]
+        # Per alternative, per density: the product, and one of a few rows that warms code, threads and activations.
+        self.products: list[list[tuple[Product, Product]]]
+        self.densities: tuple[float, ...] = (1.0,)
+        self.rows = _ROWS
         if format == "dense":
-            weights = [_weight(_LARGE, 1.0, "").to(self.dtype).clone() for _ in range(3)]
-            xs = [_x(_LARGE[1], m, self.dtype) for m in BATCHES]
-            # What an engine multiplies by: both are sampled, and the faster one counts.
-            self.calls = [[[partial(p, x) for p in products] for x in xs] for products in dense_products(weights)]
-            self.densities = (0.0,) * len(self.calls)
-            self.budget = _LARGE_SECONDS / 2
+            weight = _weight(1.0)[:_ROWS].to(self.dtype).clone()
+            few = dense_products([weight[:_FEW_ROWS].clone()])
+            # What an engine multiplies by: both are measured, and the faster one counts.
+            self.products = [[(p[0], f[0])] for p, f in zip(dense_products([weight]), few, strict=True)]
         else:
             # sell is for few stored weights, where padding is what differs.
-            self.densities = (
-                (0.4, 0.05) if format == "sell" else (0.7, 0.2) if format in ("bitmask", "block") else (1.0,)
-            )
-            for density in self.densities:
-                machine = self._machine(_SMALL, density)
-                self.calls.append([[_product(machine, _x(_SMALL[1], m, self.dtype))] for m in BATCHES])
-        self.times = [[float("inf")] * len(BATCHES) for _ in self.densities]
-        self.measure()
-        if format == "dense":
-            self.bytes, self.seconds = weights[0].nbytes, min(times[0] for times in self.times)
-            return
-        self.streamed = self.densities[-1] if format == "sell" else self.densities[0]
-        machine = self._machine(_LARGE, self.streamed)
-        self.bytes = machine.nbytes
-        x = _x(_LARGE[1], 1, self.dtype)
-        copies = [_copy(machine) for _ in range(min(24, 1 + _STREAMED_BYTES // self.bytes))]
-        self.seconds = _sample([_product(copy, x) for copy in copies], _LARGE_SECONDS)
+            if format in ("sell", "bitmask", "block"):
+                self.densities = (0.4, 0.1) if format == "sell" else (0.7, 0.2)
+            large = machine_bytes(format, values, (_MANY_ROWS, _COLUMNS), _MANY_ROWS * _COLUMNS * self.densities[0])
+            self.rows = _MANY_ROWS if large <= _CACHED_BYTES else _ROWS
+            self.products = [[(self._product(d, self.rows), self._product(d, _FEW_ROWS)) for d in self.densities]]
+        self.hot = [[[math.inf] * len(BATCHES) for _ in self.densities] for _ in self.products]
+        # Per alternative, density and batch of _COLD_BATCHES: (seconds, bandwidth of that moment).
+        self.cold: list[list[dict[int, list[tuple[float, float]]]]] = [
+            [{m: [] for m in _COLD_BATCHES} for _ in self.densities] for _ in self.products
+        ]
+        self.measure_hot()
 
-    def measure(self) -> None:
-        """Sample everything that is kept (again); what was faster counts."""
-        for calls, times in zip(self.calls, self.times, strict=True):
-            for i, call in enumerate(calls):
-                times[i] = min(times[i], max(_sample(call, self.budget) - self.overhead, 1e-7))
+    def measure_hot(self) -> None:
+        """Time every product with its weight in the cache (again); what was faster counts."""
+        for products, hot in zip(self.products, self.hot, strict=True):
+            for (product, _), times in zip(products, hot, strict=True):
+                for i, x in enumerate(self.xs):
+                    times[i] = min(times[i], max(_sample(partial(product, x)) - self.overhead, 1e-7))
 
-    def _machine(self, shape: tuple[int, int], density: float) -> MachineWeight:
-        weight = _weight(shape, density, "block" if self.format == "block" else "")
+    def measure_cold(self, batch: int, bandwidth: float) -> None:
+        """Time every product once, its weight in memory, which just now gives `bandwidth` bytes per second."""
+        x = self.xs[BATCHES.index(batch)]
+        for products, cold in zip(self.products, self.cold, strict=True):
+            for (product, few), times in zip(products, cold, strict=True):
+                few(x)
+                start = time.perf_counter()
+                product(x)
+                times[batch].append((max(time.perf_counter() - start - self.overhead, 1e-7), bandwidth))
+
+    def _product(self, density: float, rows: int) -> Product:
+        weight = _weight(density, blocks=self.format == "block")[:rows]
         options = Options()
         if self.format == "ternary":
             weight = weight.sign()
@@ -250,36 +280,55 @@ class _Measured:
             options = Options(format="ternary", bits=2 if bits == "2" else 1.6, activations=activations or None)
         elif self.format in ("bitmask", "sell", "block"):
             options = Options(values=self.values)
-        return get_format(self.format).pack(weight.to(self.dtype), options).lower()
+        return _product(get_format(self.format).pack(weight.to(self.dtype), options).lower())
 
-    def fit(self, bandwidth: float) -> KernelCost:
+    def fit(self) -> KernelCost:
         """The coefficients; see cost.py."""
-        if self.format == "dense":
-            positions = _LARGE[0] * _LARGE[1]
-            fastest = [min(times) / positions for times in zip(*self.times, strict=True)]
-            return KernelCost(tuple(fastest), (0.0,) * len(BATCHES), 0.0, 0.0)
-        positions = _SMALL[0] * _SMALL[1]
-        per_position, per_stored = [], []
+        positions = self.rows * _COLUMNS
+        position, stored = [], []
         for i in range(len(BATCHES)):
-            first, t0 = self.densities[0], self.times[0][i] / positions
-            last, t1 = self.densities[-1], self.times[-1][i] / positions
+            t0, t1 = (min(hot[j][i] for hot in self.hot) / positions for j in (0, -1))
+            first, last = self.densities[0], self.densities[-1]
             slope = max(0.0, (t0 - t1) / (first - last)) if first != last else 0.0
-            per_position.append(max(0.0, t1 - slope * last))
-            per_stored.append(slope)
-        large = _LARGE[0] * _LARGE[1]
-        compute = per_position[0] * large + per_stored[0] * large * self.streamed
-        memory = machine_bytes(self.format, self.values, _LARGE, large * self.streamed) / bandwidth
-        longer, shorter = max(compute, memory), min(compute, memory)
-        overlap = min(1.0, max(0.0, (self.seconds - longer) / shorter))
-        slower = max(1.0, (self.seconds - compute) / memory) if overlap == 1.0 else 1.0
-        return KernelCost(tuple(per_position), tuple(per_stored), overlap, slower)
+            position.append(max(0.0, t1 - slope * last))
+            stored.append(slope)
+        exponents, scales = zip(*(self._fit_memory(batch, position, stored) for batch in _COLD_BATCHES), strict=True)
+
+        def everywhere(points: tuple[float, ...]) -> tuple[float, ...]:
+            return tuple(np.interp(BATCHES, _COLD_BATCHES, points).tolist())
+
+        return KernelCost(tuple(position), tuple(stored), everywhere(exponents), everywhere(scales))
+
+    def _fit_memory(self, batch: int, position: list[float], stored: list[float]) -> tuple[float, float]:
+        """(exponent, scale) that come nearest to the times from memory."""
+        shape, i = (self.rows, _COLUMNS), BATCHES.index(batch)
+        positions = self.rows * _COLUMNS
+        points = []
+        for d, density in enumerate(self.densities):
+            compute = positions * (position[i] + stored[i] * density)
+            read = machine_bytes(self.format, self.values, shape, positions * density)
+            typical = (
+                statistics.median_low(
+                    (seconds / (read / rate + compute), seconds, read / rate) for seconds, rate in cold[d][batch]
+                )
+                for cold in self.cold
+            )
+            _, seconds, memory = min(typical)
+            points.append((seconds, memory, compute))
+
+        def distance(exponent: float, scale: float) -> float:
+            off = [math.log(scale * both(memory, compute, exponent) / seconds) for seconds, memory, compute in points]
+            return sum(o * o for o in off) + 2 * math.log(scale) ** 2  # of equals the one that needs no scale
+
+        return min(((e, s) for e in _EXPONENTS for s in _SCALES), key=lambda pair: distance(*pair))
 
 
 @functools.lru_cache(maxsize=6)
-def _weight(shape: tuple[int, int], density: float, pattern: str) -> torch.Tensor:
+def _weight(density: float, blocks: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
+    shape = (_MANY_ROWS, _COLUMNS)
     weight = torch.empty(shape).normal_(0, 0.02, generator=generator)
-    if pattern == "block":
+    if blocks:
         kept = torch.rand(shape[0] // 16, shape[1] // 16, generator=generator) < density
         return weight * kept.repeat_interleave(16, 0).repeat_interleave(16, 1)
     return weight * (torch.rand(shape, generator=generator) < density) if density < 1 else weight
@@ -290,28 +339,14 @@ def _x(k: int, tokens: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty(tokens, k).normal_(generator=torch.Generator().manual_seed(0)).to(dtype)
 
 
-def _copy(machine: MachineWeight) -> MachineWeight:
-    """In huge pages, as lowering leaves a machine form."""
-    copies = {name: _huge_pages(torch.empty_like(t)).copy_(t) for name, t in machine.tensors.items()}
-    return dataclasses.replace(machine, tensors=copies)
+def _product(machine: MachineWeight) -> Product:
+    run = registry.kernel(machine.format).run
+    return lambda x: run(x, machine, None)
 
 
-def _huge_pages(tensor: torch.Tensor) -> torch.Tensor:
-    page = 2 << 20
-    begin = -(-tensor.data_ptr() // page) * page
-    end = (tensor.data_ptr() + tensor.nbytes) // page * page
-    if end > begin:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
-    return tensor
-
-
-def _product(machine: MachineWeight, x: torch.Tensor) -> Callable[[], Any]:
-    return partial(registry.kernel(machine.format).run, x, machine, None)
-
-
-def dense_products(weights: list[torch.Tensor]) -> list[list[Callable[[torch.Tensor], Any]]]:
+def dense_products(weights: list[torch.Tensor]) -> list[list[Product]]:
     """The dense products an engine may run, per product one for each weight: torch's, and where vLLM is, its own."""
-    found: list[list[Callable[[torch.Tensor], Any]]] = [[partial(_linear, w) for w in weights]]
+    found: list[list[Product]] = [[partial(_linear, w) for w in weights]]
     ops = _vllm_ops()
     if ops is not None:
         try:
@@ -342,17 +377,16 @@ def _vllm_ops() -> Any:
         return None
 
 
-def _sample(calls: list[Callable[[], Any]], budget: float) -> float:
-    """Seconds of a call, calls taken in turn: the lower quartile of the quieter half.
+def _sample(call: Callable[[], Any], budget: float = _SECONDS) -> float:
+    """Seconds of a call: the lower quartile of the quieter half.
 
     Other processes only ever add, and where threads wait for a core that is busy, most samples are
     milliseconds of waiting: those above twice the fastest do not count.
     """
     times: list[float] = []
-    for call in calls[:2]:
-        call()
+    call()
+    call()
     while len(times) < _CALLS[0] or (sum(times) < budget and len(times) < _CALLS[1]):
-        call = calls[len(times) % len(calls)]
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
@@ -362,4 +396,4 @@ def _sample(calls: list[Callable[[], Any]], budget: float) -> float:
 
 def _overhead() -> float:
     machine = get_format("bitmask").pack(torch.eye(16).bfloat16(), Options()).lower()
-    return _sample([_product(machine, torch.zeros(1, 16, dtype=torch.bfloat16))], _SMALL_SECONDS)
+    return _sample(partial(_product(machine), torch.zeros(1, 16, dtype=torch.bfloat16)))

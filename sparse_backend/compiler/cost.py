@@ -1,6 +1,6 @@
 """What a multiplication costs: seconds predicted from a weight's shape and zeros, before it is packed.
 
-    seconds = max(memory, compute) + overlap * min(memory, compute)
+    seconds = scale * (memory ^ exponent + compute ^ exponent) ^ (1 / exponent)
     memory  = bytes the kernel reads / measured bandwidth
     compute = position * N * K + stored * values stored
 
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import OptionError
 
-PROFILE_VERSION = 2
+PROFILE_VERSION = 3
 
 _SPARSE_VALUES = ("bf16", "bf16x12", "fp16", "int8", "int4")
 # (format, kind of values) of every kernel that plans choose from; `dense` is the engine's own. Ternary kernels with
@@ -78,22 +78,28 @@ def machine_bytes(format: str, values: str, shape: tuple[int, int], stored: floa
     return scales + positions * width
 
 
+def both(memory: float, compute: float, exponent: float) -> float:
+    """Seconds of reading and computing at once; see KernelCost."""
+    longer, shorter = max(memory, compute), min(memory, compute)
+    return longer * (1 + (shorter / longer) ** exponent) ** (1 / exponent) if longer else 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelCost:
-    """Measured coefficients of one kernel.
+    """Measured coefficients of one kernel, for the tokens of Profile.batches.
 
     Attributes:
-        position, stored: seconds per position and per stored value for the tokens of Profile.batches, from
-            weights that stay in the cache.
-        overlap: share of the shorter of memory and compute time that the longer does not hide.
-        memory: by how much reading is slower than the machine's bandwidth; 0 where `position` has
-            been measured from memory and includes it.
+        position, stored: seconds per position and per stored value, of weights that stay in the cache.
+        exponent: how well memory and compute time hide each other: 1 is not at all (their sum), many is perfectly
+            (the longer of them); between, they disturb each other most where they are equal.
+        scale: what is left to explain: above 1 where both times together are not enough, below 1 where a product
+            from memory was faster than the longer of them.
     """
 
     position: tuple[float, ...]
     stored: tuple[float, ...]
-    overlap: float
-    memory: float
+    exponent: tuple[float, ...]
+    scale: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,13 +140,19 @@ class Profile:
         positions = shape[0] * shape[1]
         stored = positions * density
         compute = self._at(cost.position, batch) * positions + self._at(cost.stored, batch) * stored
-        memory = cost.memory * machine_bytes(format, values, shape, stored) / self.bandwidth
-        return self.overhead + max(memory, compute) + cost.overlap * min(memory, compute)
+        memory = machine_bytes(format, values, shape, stored) / self.bandwidth
+        together = both(memory, compute, self._between(cost.exponent, batch))
+        return self.overhead + self._between(cost.scale, batch) * together
 
     def _at(self, points: Sequence[float], batch: int) -> float:
         """Between measured batches on a line; beyond the last in proportion to it."""
         if batch >= self.batches[-1]:
             return points[-1] * batch / self.batches[-1]
+        return self._between(points, batch)
+
+    def _between(self, points: Sequence[float], batch: int) -> float:
+        """Between measured batches on a line; beyond the last as there."""
+        batch = min(batch, self.batches[-1])
         i = max(1, bisect.bisect_left(self.batches, batch))
         low, high = self.batches[i - 1], self.batches[i]
         return points[i - 1] + (points[i] - points[i - 1]) * (batch - low) / (high - low)
@@ -161,11 +173,11 @@ class Profile:
             if data.pop("version") != PROFILE_VERSION:
                 raise ValueError("it is of another version")
             kernels = {
-                name: KernelCost(tuple(k["position"]), tuple(k["stored"]), float(k["overlap"]), float(k["memory"]))
+                name: KernelCost(*(tuple(map(float, k[field.name])) for field in dataclasses.fields(KernelCost)))
                 for name, k in data.pop("kernels").items()
             }
             profile = cls(**{**data, "batches": tuple(data["batches"]), "kernels": kernels})
-            counts = {len(points) for k in kernels.values() for points in (k.position, k.stored)}
+            counts = {len(points) for k in kernels.values() for points in dataclasses.astuple(k)}
             if (
                 len(profile.batches) < 2
                 or counts != {len(profile.batches)}

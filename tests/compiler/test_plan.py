@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -15,18 +16,19 @@ from sparse_backend.compiler import calibrate, cost, plan, planning
 from sparse_backend.compiler.cost import KernelCost, Profile
 
 BATCHES = (1, 8, 64)
+NOTHING, ONCE, HIDDEN = (0.0,) * 3, (1.0,) * 3, (100.0,) * 3
 
 
 def machine(**stored: float) -> Profile:
     """Memory of 10 GB/s; kernels named `format__values` cost so many seconds per stored value and token."""
-    kernels = {"dense/bf16": KernelCost((2e-10, 16e-10, 64e-10), (0.0,) * 3, 0.0, 0.0)}
+    kernels = {"dense/bf16": KernelCost((2e-10, 16e-10, 64e-10), NOTHING, HIDDEN, ONCE)}
     for name, seconds in stored.items():
         per_batch = tuple(seconds * b for b in BATCHES)
-        kernels[name.replace("__", "/")] = KernelCost((0.0,) * 3, per_batch, 0.0, 1.0)
+        kernels[name.replace("__", "/")] = KernelCost(NOTHING, per_batch, HIDDEN, ONCE)
     return Profile("a machine", "none", 2, 1e10, 0.0, BATCHES, kernels)
 
 
-def test_seconds_are_the_longer_of_memory_and_compute_and_what_does_not_overlap():
+def test_seconds_are_those_of_memory_and_compute_and_how_they_hide_each_other():
     profile = machine(bitmask__bf16=1e-12)
     shape = (1000, 1000)
     bytes_read = 1e6 / 8 + 2 * 5e5
@@ -35,9 +37,9 @@ def test_seconds_are_the_longer_of_memory_and_compute_and_what_does_not_overlap(
     slow = machine(bitmask__bf16=1e-9)
     assert slow.seconds("bitmask", "bf16", shape, 0.5, 4) == pytest.approx(4 * 5e5 * 1e-9)  # between 1 and 8
     assert slow.seconds("bitmask", "bf16", shape, 0.5, 128) == pytest.approx(128 * 5e5 * 1e-9)  # beyond 64
-    kernel = KernelCost((0.0,) * 3, (1e-9,) * 3, 0.5, 2.0)
+    kernel = KernelCost(NOTHING, (1e-9,) * 3, (2.0, 1.0, 1.0), (1.5, 1.0, 1.0))
     both = Profile("m", "none", 1, 1e10, 1e-5, BATCHES, {"dense/bf16": kernel, "bitmask/bf16": kernel})
-    expected = 1e-5 + 5e5 * 1e-9 + 0.5 * 2 * bytes_read / 1e10
+    expected = 1e-5 + 1.5 * math.hypot(5e5 * 1e-9, bytes_read / 1e10)
     assert both.seconds("bitmask", "bf16", shape, 0.5, 1) == pytest.approx(expected)
     assert both.seconds("sell", "bf16", shape, 0.5, 1) is None
 
@@ -75,7 +77,7 @@ def test_the_fastest_is_taken_and_the_smaller_of_equals():
 def test_the_batch_decides():
     profile = machine(bitmask__bf16=4e-11, sell__bf16=1e-11)
     slow_sell = Profile(**{**vars(profile), "kernels": {
-        **profile.kernels, "sell/bf16": KernelCost((0.0,) * 3, (1e-11, 9e-9, 9e-8), 0.0, 1.0)}})  # fmt: skip
+        **profile.kernels, "sell/bf16": KernelCost(NOTHING, (1e-11, 9e-9, 9e-8), HIDDEN, ONCE)}})  # fmt: skip
     weight = sparse_weight(64, 512, 0.9)
     assert plan.choose(weight, sb.Options(batch=1), slow_sell).format != "dense"
     assert plan.choose(weight, sb.Options(batch=8), slow_sell).format == "bitmask"
@@ -83,14 +85,14 @@ def test_the_batch_decides():
 
 def test_a_format_far_slower_than_dense_in_prefill_is_not_taken():
     # A tenth of dense at batch 1, five times dense at 64.
-    kernel = KernelCost((0.0,) * 3, (2e-11, 1e-9, 320e-10), 0.0, 0.0)
-    dense = KernelCost((2e-10, 16e-10, 64e-10), (0.0,) * 3, 0.0, 0.0)
+    kernel = KernelCost(NOTHING, (2e-11, 1e-9, 320e-10), HIDDEN, ONCE)
+    dense = KernelCost((2e-10, 16e-10, 64e-10), NOTHING, HIDDEN, ONCE)
     kernels = {"dense/bf16": dense, "bf16x12/bf16x12": kernel}
     profile = Profile("m", "none", 1, 1e10, 0.0, BATCHES, kernels)
     weight = torch.randn(64, 512).bfloat16()
     assert plan.choose(weight, sb.Options(), profile).format == "dense"
     faster = Profile("m", "none", 1, 1e10, 0.0, BATCHES, {
-        **kernels, "bf16x12/bf16x12": KernelCost((0.0,) * 3, (2e-11, 1e-9, 160e-10), 0.0, 0.0)})  # fmt: skip
+        **kernels, "bf16x12/bf16x12": KernelCost(NOTHING, (2e-11, 1e-9, 160e-10), HIDDEN, ONCE)})  # fmt: skip
     assert plan.choose(weight, sb.Options(), faster).format == "bf16x12"
 
 
@@ -208,8 +210,9 @@ def test_this_machine_is_measured_once_and_the_file_is_used(tmp_path, monkeypatc
     first = Profile.load(tmp_path / "shipped.json")
     assert set(first.kernels) == {f"{f}/{v}" for f, v in cost.KERNELS}
     for name, kernel in first.kernels.items():
-        assert all(p >= 0 for p in (*kernel.position, *kernel.stored, kernel.overlap)), name
+        assert all(p >= 0 for p in (*kernel.position, *kernel.stored, *kernel.exponent)), name
         assert any((*kernel.position, *kernel.stored)), name
+        assert all(s > 0 for s in kernel.scale), name
     if first.threads == torch.get_num_threads():  # not so on a machine too busy to measure
         for _ in range(2):  # from this process's memory, then from the file
             assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) == first
