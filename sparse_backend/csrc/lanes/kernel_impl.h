@@ -28,8 +28,9 @@
 namespace sparse_backend::lanes {
 namespace {
 
-// How far ahead of the decoder memory is asked for, in bytes of stream.
-constexpr int kPrefetchBytes = 2048;
+// How far ahead of the decoder memory is asked for, in bytes of stream: together as much for one stream as
+// for several, and of one that goes on into the strips that follow, so that it never starts cold.
+constexpr int kPrefetchBytes = 2048, kOneStreamPrefetchBytes = 8192;
 
 struct List {
   int count;
@@ -51,16 +52,21 @@ constexpr bool kInteger = unstructured::is_integer(Simd::kValues);
 template <class Simd>
 constexpr int64_t kBlockBytes = kBlockColumns * int64_t{sizeof(typename Simd::Element)};
 
-// Asks for what a step takes of the block that comes kPrefetchBytes later; as an integer, as it may be past
-// the end. Spread over the steps: a burst of prefetches would wait for each other, and the loads for them.
-template <class Simd, int kStep>
+// As an integer: the place may be past the end of the weight, where no pointer may point.
+inline void prefetch_at(const void* from, int64_t bytes) {
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(bytes)));
+}
+
+// Asks for what a step takes of the block that comes kAhead bytes later. Spread over the steps: a burst of
+// prefetches would wait for each other, and the loads for them.
+template <class Simd, int kStep, int kAhead>
 inline void prefetch_step(const uint8_t* run) {
   constexpr int64_t kBytes = kRunBytes<Simd> / Simd::kSteps;
   constexpr int64_t kFirst = (kStep * kBytes + 63) / 64, kEnd = ((kStep + 1) * kBytes + 63) / 64;
 #pragma GCC unroll 12
   for (int64_t line = kFirst; line < kEnd; ++line) {
-    __builtin_prefetch(
-        reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(run) + kPrefetchBytes + 64 * line));
+    prefetch_at(run, kAhead + 64 * line);
   }
 }
 
@@ -98,13 +104,13 @@ struct Tile {
   }
 
   // One block from its run.
-  template <int kStep = 0>
+  template <int kAhead, int kStep = 0>
   inline void block(const uint8_t* run, const typename Simd::Table& table, const uint8_t* x) {
     typename Simd::Operand w[Simd::kPer][Simd::kParts];
-    prefetch_step<Simd, kStep>(run);
+    prefetch_step<Simd, kStep, kAhead>(run);
     Simd::template decode<kStep>(run, table, w);
     multiply<kStep * Simd::kPer, Simd::kPer>(w, x);
-    if constexpr (kStep + 1 < Simd::kSteps) block<kStep + 1>(run, table, x);
+    if constexpr (kStep + 1 < Simd::kSteps) block<kAhead, kStep + 1>(run, table, x);
   }
 
   // Stored integers are kOffset too large: takes that times the activations off again.
@@ -146,7 +152,7 @@ inline Group group_at(const UnitArgs& args, const List& list, int b) {
 
 // kStreams strips side by side, which store the same blocks: memory delivers several streams faster
 // than one, and the activations are read once.
-template <class Simd, int kTokens, int kStreams>
+template <class Simd, int kTokens, int kStreams, int kAhead = kPrefetchBytes>
 void gemv_strips(const UnitArgs& args, int strip) {
   const typename Simd::Table table(*args.exponents);
   const List list(args.strip[strip]);
@@ -162,7 +168,7 @@ void gemv_strips(const UnitArgs& args, int strip) {
       const uint8_t* x = args.x + list.block[b] * kBlockBytes<Simd> * kTokens;
 #pragma GCC unroll 4
       for (int s = 0; s < kStreams; ++s) {
-        tile[s].block(run[s], table, x);
+        tile[s].template block<kAhead>(run[s], table, x);
         run[s] += kRunBytes<Simd>;
         if constexpr (Simd::kOffset != 0) tile[s].take_offset(args.x_sums + list.block[b], args.x_sum_stride);
       }
@@ -183,6 +189,8 @@ void gemv_strips(const UnitArgs& args, int strip) {
 #pragma GCC unroll 4
       for (int s = 0; s < kStreams; ++s) {
         const float* scales = args.scales + (strip + s) * args.strip_scales + group.scales;
+        // A stream of their own: those of the strips that come kStreams later.
+        prefetch_at(scales, kStreams * args.strip_scales * int64_t{sizeof(float)});
 #pragma GCC unroll 12
         for (int t = 0; t < kTokens; ++t) {
 #pragma GCC unroll 2
@@ -231,6 +239,8 @@ void gemv_tokens(const UnitArgs& args) {
     if (args.strip[s] == nullptr) {  // stores nothing
       std::memset(args.out + s * args.tokens * kStripRows, 0, kTokens * kStripRows * sizeof(float));
       ++s;
+    } else if (args.one_stream) {
+      gemv_strips<Simd, kTokens, 1, kOneStreamPrefetchBytes>(args, s++);
     } else if (kStreams > 1 && s + kStreams <= args.strips && same_blocks(args, s, kStreams)) {
       gemv_strips<Simd, kTokens, kStreams>(args, s);
       s += kStreams;
@@ -253,7 +263,7 @@ constexpr int kOperands = Simd::kSteps * Simd::kPer;
 template <class Simd, int kStep = 0>
 inline void decode_block(const uint8_t* run, const typename Simd::Table& table, uint8_t* out) {
   typename Simd::Operand w[Simd::kPer][Simd::kParts];
-  prefetch_step<Simd, kStep>(run);
+  prefetch_step<Simd, kStep, kPrefetchBytes>(run);
   Simd::template decode<kStep>(run, table, w);
 #pragma GCC unroll 4
   for (int o = 0; o < Simd::kPer; ++o) {

@@ -36,6 +36,9 @@ void tile_block(const BlockArgs& b) {
     int32_t* out = b.out + r * kUnitRows;
     _tile_loadd(0, out, kUnitRows * sizeof(int32_t));
     for (int64_t i = 0; i < whole; ++i) {
+      for (int line = 0; kInt8 && r == 0 && line < kTileSteps; ++line) {
+        prefetch(b.w + (i * kTileSteps + line) * kLine);
+      }
       _tile_loadd(1, b.x + r * b.x_stride + i * 64, b.x_stride);
       _tile_loadd(2, b.w + i * kTileSteps * kLine, kLine);
       _tile_dpbsud(0, 1, 2);

@@ -9,6 +9,7 @@ namespace {
 
 struct Avx2 : Ymm {
   static constexpr int kGemvRows = 4;
+  static constexpr int slot_sums(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int kGemvPanels = 1;
   static constexpr int kGemmTile = 6;
   // A code is at most 2, an activation at least -128: a line adds four pairs, 2048, to a 16-bit lane.

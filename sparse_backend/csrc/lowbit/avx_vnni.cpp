@@ -7,6 +7,7 @@ namespace {
 
 struct AvxVnni : Ymm {
   static constexpr int kGemvRows = 4;
+  static constexpr int slot_sums(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int kGemvPanels = 1;
   static constexpr int kGemmTile = 6;
   static constexpr int64_t kLines2 = kMaxColumns, kLines5 = kMaxColumns, kSteps = kMaxColumns;

@@ -3,6 +3,7 @@
 //
 //   Reg, kParts        a line of 16 dword lanes is kParts registers
 //   kGemvRows          rows of activations whose sums fit the registers beside the codes
+//   slot_sums(rows)    1, 2 or 4: sums per row of activations that the registers have room for
 //   kGemvPanels        panels read side by side for one row of activations
 //   kGemmTile          rows of activations in the register tile of `gemm`
 //   kLines2, kLines5   lines whose narrow sums cannot overflow before widen()
@@ -54,9 +55,29 @@ struct Totals {
 
 inline int64_t at_most(int64_t value, int64_t limit) { return value < limit ? value : limit; }
 
+// Sums per row of activations: a slot's waits for no other slot's where the registers have room for all.
+template <class Simd, int kRows>
+struct SlotSums {
+  static constexpr int kSets = Simd::slot_sums(kRows);
+  Totals<Simd, kRows> set[kSets];
+  inline void clear() {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; ++s) set[s].clear();
+  }
+  template <int kSlot>
+  inline Totals<Simd, kRows>& of() {
+    return set[kSlot % kSets];
+  }
+  inline void widen_into(Totals<Simd, kRows>& total) const {
+#pragma GCC unroll 4
+    for (int s = 0; s < kSets; ++s) total.widen(set[s]);
+  }
+};
+
 template <class Simd, int kRows, int kSlot>
 inline void slot2(const typename Simd::Reg line[], const int8_t* x, int64_t stride,
-                  Totals<Simd, kRows>& sum) {
+                  SlotSums<Simd, kRows>& sums) {
+  auto& sum = sums.template of<kSlot>();
   typename Simd::Reg codes[Simd::kParts];
 #pragma GCC unroll 2
   for (int p = 0; p < Simd::kParts; ++p) codes[p] = Simd::template code2<kSlot>(line[p]);
@@ -74,7 +95,7 @@ inline void lines2(const uint8_t* w, const int8_t* x, int64_t stride, int64_t li
                    Totals<Simd, kRows>& total) {
   while (lines > 0) {
     const int64_t count = at_most(lines, Simd::kLines2);
-    Totals<Simd, kRows> sum;
+    SlotSums<Simd, kRows> sum;
     sum.clear();
     for (int64_t i = 0; i < count; ++i, w += kLine, x += 16) {
       prefetch(w);
@@ -85,7 +106,7 @@ inline void lines2(const uint8_t* w, const int8_t* x, int64_t stride, int64_t li
       slot2<Simd, kRows, 2>(line, x, stride, sum);
       slot2<Simd, kRows, 3>(line, x, stride, sum);
     }
-    total.widen(sum);
+    sum.widen_into(total);
     lines -= count;
   }
 }
@@ -96,7 +117,7 @@ inline void lines5(const uint8_t* w, const int8_t* x, int64_t stride, int64_t li
                    Totals<Simd, kRows>& total) {
   while (lines > 0) {
     const int64_t count = at_most(lines, Simd::kLines5);
-    Totals<Simd, kRows> sum;
+    SlotSums<Simd, kRows> sum;
     sum.clear();
     for (int64_t i = 0; i < count; ++i, w += kLine, x += 20) {
       prefetch(w);
@@ -109,12 +130,13 @@ inline void lines5(const uint8_t* w, const int8_t* x, int64_t stride, int64_t li
 #pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             const auto xv = Simd::broadcast(x + r * stride + 4 * slot);
-            sum.reg[r][p] = Simd::dot(sum.reg[r][p], codes[slot], xv);
+            auto& reg = sum.set[slot % sum.kSets].reg[r][p];
+            reg = Simd::dot(reg, codes[slot], xv);
           }
         }
       }
     }
-    total.widen(sum);
+    sum.widen_into(total);
     lines -= count;
   }
 }
@@ -273,13 +295,14 @@ template <class Simd>
 void gemv(const UnitArgs& a) {
   if (a.rows == 1 && a.plan->storage != Storage::kInt8) {
     int panel = 0;
-    for (; panel + Simd::kGemvPanels <= a.panels; panel += Simd::kGemvPanels) {
+    for (; !a.one_stream && panel + Simd::kGemvPanels <= a.panels; panel += Simd::kGemvPanels) {
       panel_single<Simd, Simd::kGemvPanels>(a, panel);
     }
     for (; panel < a.panels; ++panel) panel_single<Simd, 1>(a, panel);
     return;
   }
-  if (a.plan->storage == Storage::kInt8 && a.panels == kUnitPanels && 2 * a.rows <= Simd::kGemvRows) {
+  const bool both = a.panels == kUnitPanels && 2 * a.rows <= Simd::kGemvRows && !a.one_stream;
+  if (a.plan->storage == Storage::kInt8 && both) {
     return panels8_some<Simd>(a, 0, a.rows);
   }
   for (int panel = 0; panel < a.panels; ++panel) {

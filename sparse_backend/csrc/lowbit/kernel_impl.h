@@ -64,15 +64,17 @@ int64_t decode_columns(const Plan& plan, const uint8_t* w, int64_t first, uint8_
   return (out - begin) / kLine;
 }
 
-// `steps` decoded steps of one panel times kRows rows of activations, added to `out`.
+// `steps` decoded (or int8) steps of one panel times kRows rows of activations, added to `out`. int8 weights
+// come from memory for the first rows, and from the cache for the others.
 template <class Simd, int kRows, bool kInt8>
-void tile(const uint8_t* w, const int8_t* x, int64_t stride, int64_t steps, int32_t* out) {
+void tile(const uint8_t* w, const int8_t* x, int64_t stride, int64_t steps, int32_t* out, bool first_rows) {
   constexpr int kLanes = kPanelRows / Simd::kParts;
   while (steps > 0) {
     const int64_t count = kInt8 ? steps : at_most(steps, Simd::kSteps);
     Totals<Simd, kRows> sum;
     sum.clear();
     for (int64_t i = 0; i < count; ++i, w += kLine, x += 4) {
+      if (kInt8 && first_rows) prefetch(w);
       typename Simd::Reg line[Simd::kParts];
       for (int p = 0; p < Simd::kParts; ++p) line[p] = Simd::load(w + p * (kLine / Simd::kParts));
 #pragma GCC unroll 16
@@ -100,9 +102,10 @@ void tile(const uint8_t* w, const int8_t* x, int64_t stride, int64_t steps, int3
 }
 
 template <class Simd, bool kInt8, int kRows>
-void tile_rows(int rows, const uint8_t* w, const int8_t* x, int64_t stride, int64_t steps, int32_t* out) {
-  if (rows == kRows) return tile<Simd, kRows, kInt8>(w, x, stride, steps, out);
-  if constexpr (kRows > 1) tile_rows<Simd, kInt8, kRows - 1>(rows, w, x, stride, steps, out);
+void tile_rows(int rows, const uint8_t* w, const int8_t* x, int64_t stride, int64_t steps, int32_t* out,
+               bool first_rows) {
+  if (rows == kRows) return tile<Simd, kRows, kInt8>(w, x, stride, steps, out, first_rows);
+  if constexpr (kRows > 1) tile_rows<Simd, kInt8, kRows - 1>(rows, w, x, stride, steps, out, first_rows);
 }
 
 // The product of decoded (or int8) steps of one panel with all rows of activations.
@@ -123,7 +126,18 @@ void block(const BlockArgs& b) {
   for (int r = 0; r < b.rows; r += height) {
     const int rows = static_cast<int>(at_most(b.rows - r, height));
     tile_rows<Simd, kInt8, Simd::kGemmTile>(rows, b.w, b.x + r * b.x_stride, b.x_stride, b.steps,
-                                            b.out + r * kUnitRows);
+                                            b.out + r * kUnitRows, r == 0);
+  }
+}
+
+// In the order of memory, as nothing is decoded.
+template <void (*kBlock)(const BlockArgs&)>
+void gemm_int8(const UnitArgs& a) {
+  for (int panel = 0; panel < a.panels; ++panel) {
+    for (int64_t first = 0; first < a.plan->columns; first += kGemmColumns) {
+      kBlock({a.panel[panel] + first / 4 * kLine, a.x + first, a.x_stride, a.rows,
+              (at_most(a.plan->columns - first, kGemmColumns) + 3) / 4, a.out + panel * kPanelRows});
+    }
   }
 }
 
@@ -132,15 +146,10 @@ template <class Simd, void (*kBlockCodes)(const BlockArgs&), void (*kBlockInt8)(
 void gemm(const UnitArgs& a) {
   const Plan& plan = *a.plan;
   std::memset(a.out, 0, plan.segments * a.rows * kUnitRows * sizeof(int32_t));
+  if (plan.storage == Storage::kInt8) return gemm_int8<kBlockInt8>(a);
   for (int64_t first = 0; first < plan.columns; first += kGemmColumns) {
     for (int panel = 0; panel < a.panels; ++panel) {
       BlockArgs b{a.scratch, a.x + first, a.x_stride, a.rows, 0, a.out + panel * kPanelRows};
-      if (plan.storage == Storage::kInt8) {
-        b.w = a.panel[panel] + first / 4 * kLine;
-        b.steps = (at_most(plan.columns - first, kGemmColumns) + 3) / 4;
-        kBlockInt8(b);
-        continue;
-      }
       int64_t left = decode_columns<Simd>(plan, a.panel[panel], first, a.scratch);
       if (plan.segment == 0) {
         b.steps = left;

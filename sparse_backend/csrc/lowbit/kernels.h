@@ -25,6 +25,7 @@ struct UnitArgs {
   const Plan* plan;
   const uint8_t* panel[kUnitPanels];
   int panels;       // 1..kUnitPanels
+  bool one_stream;  // this processor reads faster panel after panel (cpu_features.h)
   const int8_t* x;  // prepared activations, [rows][x_stride], 64-byte aligned, zero past the last column
   int64_t x_stride;
   int rows;

@@ -83,6 +83,7 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
       unit.x = x;
       unit.x_stride = plan.padded;
       unit.rows = rows;
+      unit.one_stream = reads_one_stream();
       unit.scratch = scratch;
       unit.out = reinterpret_cast<int32_t*>(scratch + kScratchBytes);
       FinishArgs finish{};

@@ -1,5 +1,6 @@
 #include "strips.h"
 
+#include "../cpu_features.h"
 #include "../parallel.h"
 #include "../scratch.h"
 #include "linear.h"
@@ -109,6 +110,7 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
   const Header& h = w.header;
   const int64_t k = h.in_features, n = h.out_features, groups = scale_groups(h);
   // Tile after tile with gemv: from the second on a unit's weights come from the L2 cache.
+  const bool one_stream = reads_one_stream();
   const bool batched = args.tokens > int64_t{kernels.gemv_tokens} * kernels.gemv_tiles;
   const BatchKernel tiles{kernels.gemv, kernels.gemv_tokens * kernels.gemv_tiles, kernels.gemv_tokens, 1};
   const BatchKernel& kernel = batched ? kernels.gemm : tiles;
@@ -129,6 +131,7 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
       uint8_t* scratch = memory.reserve(result_bytes + kernels.scratch_bytes);
       StripArgs unit{};
       unit.columns = k;
+      unit.one_stream = one_stream;
       unit.exponents = &h.exponents;
       unit.group_columns = h.group_size;
       unit.x_row_bytes = prepared.row_bytes;

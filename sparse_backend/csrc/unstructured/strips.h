@@ -16,6 +16,7 @@ constexpr int kUnitStrips = 4;
 struct StripArgs {
   const uint8_t* strip[kUnitStrips];  // the stream of each; nullptr for one that stores nothing
   int strips;                         // 1..kUnitStrips
+  bool one_stream;                    // this processor reads faster strip after strip (cpu_features.h)
   int64_t columns;
   const ExponentTable* exponents;  // of kBf16x12 values
   const float* scales;             // integer values: of the first strip, [groups][kStripRows]
