@@ -72,7 +72,11 @@ def _generate(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def _decode_speed(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
-    """Median tokens/s of decoding alone: time of a long run minus that of a short one."""
+    """Median tokens/s of decoding alone: time of a long run minus that of a short one.
+
+    With `kernels`, what step_kernels.StepKernels takes, also the time of the projections alone, after every run.
+    """
+    from step_kernels import StepKernels
     from vllm import SamplingParams
 
     prompt = {"prompt_token_ids": [i % 500 + 2 for i in range(job["speed"].get("prompt", 16))]}
@@ -84,9 +88,18 @@ def _decode_speed(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         llm.generate([prompt] * batch, SamplingParams(temperature=0, max_tokens=count, ignore_eos=True), use_tqdm=False)
         return time.perf_counter() - start
 
+    kernels = StepKernels(**job["speed"]["kernels"]) if "kernels" in job["speed"] else None
     seconds(short)
-    rates = sorted(batch * (long - short) / (seconds(long) - seconds(short)) for _ in range(job["speed"]["repeats"]))
-    return {"tokens_per_s": rates[len(rates) // 2], "tokens_per_s_all": rates}
+    steps, in_kernels = [], []
+    for _ in range(job["speed"]["repeats"]):
+        steps.append((seconds(long) - seconds(short)) / (long - short))
+        if kernels is not None:
+            in_kernels.append(kernels.seconds(batch))
+    rates = sorted(batch / step for step in steps)
+    return {
+        "tokens_per_s": rates[len(rates) // 2], "tokens_per_s_all": rates, "step_s_all": steps,
+        "kernels_s_all": in_kernels,
+    }  # fmt: skip
 
 
 def _prefill_speed(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 // AVX-512 with VBMI2 and VNNI. Float arithmetic for fp16 values, and for bf16 values where the
 // machine has no BF16 instructions or the activations are not bf16; vpdpwssd for integer values.
 // Compiled with -mavx512{f,bw,dq,vl,vbmi,vbmi2,vnni} and the AVX2 flags.
+#include "../dot_avx512.h"
 #include "avx512_expand.h"
 #include "kernel_impl.h"
 
@@ -72,7 +73,7 @@ struct Avx512Integer : Avx512Shape<kKind> {
   static inline void store(uint8_t* p, Operand v) { _mm512_store_si512(p, v); }
   static inline Accumulator zero() { return _mm512_setzero_si512(); }
   static inline Accumulator multiply_add(Operand w, __m512i x, Accumulator acc) {
-    return _mm512_dpwssd_epi32(acc, w, x);
+    return dot_words(acc, w, x);
   }
   static inline Rows rows(const Accumulator acc[]) { return acc[0]; }
   static inline Sums no_sums() { return _mm512_setzero_ps(); }
@@ -95,9 +96,7 @@ struct Avx512Bytes : Avx512Integer<kKind> {
                             __m512i out[kOperands]) {
     out[0] = next_bytes<kKind>(masks, i, run, table);
   }
-  static inline __m512i multiply_add(__m512i w, __m512i x, __m512i acc) {
-    return _mm512_dpbusd_epi32(acc, x, w);
-  }
+  static inline __m512i multiply_add(__m512i w, __m512i x, __m512i acc) { return dot_bytes(acc, x, w); }
   static inline __m512i offset_of(__m512i w, __m512i acc) {
     return multiply_add(w, _mm512_set1_epi8(static_cast<char>(kMore)), acc);
   }

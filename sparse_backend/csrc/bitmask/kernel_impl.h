@@ -26,13 +26,17 @@
 // columns in both.
 #pragma once
 
-#include <utility>
-
+#include "../unstructured/prefetch.h"
 #include "../unstructured/prepare_strips.h"
+#include "../unstructured/unroll.h"
 #include "kernels.h"
 
 namespace sparse_backend::bitmask {
 namespace {
+
+using unstructured::Ahead;
+using unstructured::each;
+using unstructured::prefetch;
 
 // How far ahead of the decoder memory is asked for, in bytes of each strip's stream. Zen 5, one thread, four
 // strips, 50% zeros: nothing 31 GB/s, 1 KB 33, 2 KB 37, 4 KB 35.
@@ -50,11 +54,6 @@ template <class Simd>
 constexpr int kChunkBytes = kChunk * static_cast<int>(sizeof(typename Simd::Element));
 template <class Simd>
 constexpr int kDecodedMask = Simd::kOperands * Simd::kVectorBytes;
-
-// As an integer: it may be past the end.
-inline void prefetch(const void* p, int64_t ahead) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(p) + ahead));
-}
 
 // A chunk's masks, and where the decoder is in its runs.
 template <class Simd>
@@ -120,18 +119,6 @@ inline typename Simd::Rows with_offset(typename Simd::Rows rows, const typename 
   if constexpr (Simd::kOffset) return Simd::minus(rows, offset);
   return rows;
 }
-
-// body(i) for i from 0 to kCount - 1, i a constant: a loop over accumulators that stays a loop, as GCC may
-// leave one that it finds too long, keeps all of them in memory.
-template <int... kIndex, class Body>
-[[gnu::always_inline]] inline void each_of(std::integer_sequence<int, kIndex...>, const Body& body) {
-  (body(std::integral_constant<int, kIndex>{}), ...);
-}
-template <int kCount, class Body>
-[[gnu::always_inline]] inline void each(const Body& body) {
-  each_of(std::make_integer_sequence<int, kCount>{}, body);
-}
-#define SPARSE_BACKEND_INLINE __attribute__((always_inline))
 
 // kTokens tokens times kStreams strips from number `strip` on.
 template <class Simd, int kTokens, int kStreams>
@@ -212,11 +199,10 @@ void gemv(const UnitArgs& args) {
   if constexpr (kTokens < Simd::kGemvTokens) gemv<Simd, kTokens + 1>(args);
 }
 
-// Decodes `chunks` chunks of kStreams strips side by side to [mask][operand], asking memory for those `ahead`
-// bytes later; moves the streams on. (One strip after the other takes 1.4 times as long: from a mask to the
-// next there is one chain.)
+// Decodes `chunks` chunks of kStreams strips side by side to [mask][operand]; moves the streams on. (One
+// strip after the other takes 1.4 times as long: from a mask to the next there is one chain.)
 template <class Simd, int kStreams>
-void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chunks, int64_t ahead) {
+void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chunks) {
   int64_t out = 0;
   [[maybe_unused]] typename Simd::Accumulator offset[kStreams];
 #pragma GCC unroll 2
@@ -224,13 +210,13 @@ void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chun
   for (int64_t c = 0; c < chunks; ++c) {
     Chunk<Simd> chunk[kStreams];
 #pragma GCC unroll 2
-    for (int s = 0; s < kStreams; ++s) chunk[s].begin(stream[s], ahead);
+    for (int s = 0; s < kStreams; ++s) chunk[s].begin(stream[s], kPrefetchBytes);
 #pragma GCC unroll 4
     for (int i = 0; i < kMasks<Simd>; ++i, out += kDecodedMask<Simd>) {
 #pragma GCC unroll 2
       for (int s = 0; s < kStreams; ++s) {
         typename Simd::Operand w[Simd::kOperands];
-        chunk[s].decode(i, unit.table, ahead, w);
+        chunk[s].decode(i, unit.table, kPrefetchBytes, w);
         if constexpr (Simd::kOffset) offset[s] = Simd::offset_of(w[0], offset[s]);
 #pragma GCC unroll 8
         for (int o = 0; o < Simd::kOperands; ++o) {
@@ -247,7 +233,8 @@ void decode_chunks(const Unit<Simd>& unit, const uint8_t* stream[], int64_t chun
 
 // Decoded strips times kTokens tokens from `token` on, added to their accumulators.
 template <class Simd, int kTokens>
-void gemm_tile(const Unit<Simd>& unit, int token, const uint8_t* x, int64_t masks) {
+void gemm_tile(const Unit<Simd>& unit, const Ahead<Simd::kTileStrips>& ahead, int token, const uint8_t* x,
+               int64_t masks) {
   using Accumulator = typename Simd::Accumulator;
   constexpr int kStrips = Simd::kTileStrips, kSums = Simd::kSums;
   Accumulator acc[kStrips][kTokens][kSums];
@@ -262,6 +249,7 @@ void gemm_tile(const Unit<Simd>& unit, int token, const uint8_t* x, int64_t mask
     }
   }
   for (int64_t i = 0; i < masks; ++i, x += kUnitBytes<Simd> * Simd::kBroadcasts * kTokens) {
+    ahead.ask(i);
 #pragma GCC unroll 8
     for (int o = 0; o < Simd::kOperands; ++o) {
       typename Simd::Operand w[kStrips];
@@ -292,10 +280,11 @@ void gemm_tile(const Unit<Simd>& unit, int token, const uint8_t* x, int64_t mask
 
 // gemm_tile with `tokens`, at most kTokens, as the template argument.
 template <class Simd, int kTokens>
-void gemm_tokens(int tokens, const Unit<Simd>& unit, int token, const uint8_t* x, int64_t masks) {
-  if (tokens == kTokens) return gemm_tile<Simd, kTokens>(unit, token, x, masks);
+void gemm_tokens(int tokens, const Unit<Simd>& unit, const Ahead<Simd::kTileStrips>& ahead, int token,
+                 const uint8_t* x, int64_t masks) {
+  if (tokens == kTokens) return gemm_tile<Simd, kTokens>(unit, ahead, token, x, masks);
   if constexpr (kTokens > Simd::kTileStep) {
-    gemm_tokens<Simd, kTokens - Simd::kTileStep>(tokens, unit, token, x, masks);
+    gemm_tokens<Simd, kTokens - Simd::kTileStep>(tokens, unit, ahead, token, x, masks);
   }
 }
 
@@ -306,8 +295,6 @@ void gemm_strips(const Unit<Simd>& unit, int first, int strips) {
   const UnitArgs& args = unit.args;
   const int tokens = static_cast<int>(round_up(args.tokens, Simd::kTileStep));
   const uint8_t* stream[Simd::kTileStrips] = {};
-  // The next chunks are asked for while these are decoded: memory works while the tiles are multiplied.
-  int64_t ahead = kPrefetchBytes;
   for (int s = 0; s < Simd::kTileStrips; ++s) {
     if (s < strips) {
       stream[s] = args.strip[first + s];
@@ -327,15 +314,20 @@ void gemm_strips(const Unit<Simd>& unit, int first, int strips) {
     const int64_t chunks = unit.chunks - c < step ? unit.chunks - c : step;
     const uint8_t* from = stream[0];
     if (strips == Simd::kTileStrips) {
-      decode_chunks<Simd, Simd::kTileStrips>(unit, stream, chunks, ahead);
+      decode_chunks<Simd, Simd::kTileStrips>(unit, stream, chunks);
     } else {
-      decode_chunks<Simd, 1>(unit, stream, chunks, ahead);
+      decode_chunks<Simd, 1>(unit, stream, chunks);
     }
-    ahead = stream[0] - from;
-    for (int t = 0; t < tokens; t += args.tile_tokens) {
+    // The next chunks, which are about as long.
+    const int passes = (tokens + args.tile_tokens - 1) / args.tile_tokens;
+    Ahead<Simd::kTileStrips> ahead(stream[0] - from, passes, chunks * kMasks<Simd>);
+    for (int s = 0; s < Simd::kTileStrips; ++s) ahead.next[s] = stream[s < strips ? s : 0];
+    for (int pass = 0; pass < passes; ++pass) {
+      const int t = pass * args.tile_tokens;
       const int height = tokens - t < args.tile_tokens ? tokens - t : args.tile_tokens;
       const uint8_t* x = args.x + t * args.x_row_bytes + c * kChunkBytes<Simd> * height;
-      gemm_tokens<Simd, Simd::kGemmTile>(height, unit, t, x, chunks * kMasks<Simd>);
+      ahead.start(pass);
+      gemm_tokens<Simd, Simd::kGemmTile>(height, unit, ahead, t, x, chunks * kMasks<Simd>);
     }
     if constexpr (kInteger<Simd>) {
       if ((c + chunks) % segment != 0 && c + chunks != unit.chunks) continue;

@@ -18,7 +18,7 @@ using unstructured::ExponentTable;
 using unstructured::kUnitStrips;
 
 // Tokens per call for larger batches: decoding is then a thirtieth of the work.
-constexpr int kGemmTokens = 192;
+constexpr int kGemmTokens = 264;
 // Integer sums are moved into floats at the latest after so many columns, before they overflow:
 // 512 products of at most 127 * 32767.
 constexpr int kFlushColumns = 512;

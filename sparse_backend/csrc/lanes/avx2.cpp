@@ -26,6 +26,7 @@ struct Avx2 {
   static constexpr int kParts = 2, kSums = 2, kGemvTokens = 2, kGemvTiles = 1, kGemmTile = 2, kOffset = 0;
   static constexpr int kPer = kKind == Values::kBf16x12 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / kPer;
+  static constexpr int kTileStrips = 1, kGemmSums = kSums;
   static constexpr int streams(int tokens) { return tokens == 1 ? 2 : 1; }
   using Element = float;
   using Operand = __m256;
@@ -79,6 +80,7 @@ struct Avx2Integer {
   static constexpr int kPer = kKind == Values::kInt4 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / 2 / kPer;
   static constexpr int kOffset = kKind == Values::kInt4 ? 8 : 0;  // as in avx512.cpp
+  static constexpr int kTileStrips = 1, kGemmSums = kSums;
   static constexpr int streams(int tokens) { return tokens == 1 ? 2 : 1; }
   using Element = int16_t;
   using Operand = __m256i;

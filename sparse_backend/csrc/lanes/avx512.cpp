@@ -1,6 +1,7 @@
 // AVX-512 with VNNI and VBMI: an operand is one register, a column's activation the broadcast memory
 // operand of its multiply-add. Per 64 weights of bf16x12: 8 instructions to two registers of words, 4 to
 // floats, 4 multiply-adds.
+#include "../dot_avx512.h"
 #include "../unstructured/decode_avx512.h"
 #include "avx512_words.h"
 #include "kernel_impl.h"
@@ -11,7 +12,8 @@ namespace {
 template <Values kKind>
 struct Avx512 {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4, kGemmTile = 12, kOffset = 0;
+  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4, kOffset = 0;
+  static constexpr int kTileStrips = 2, kGemmTile = 6, kGemmSums = kSums;
   static constexpr int kPer = kKind == Values::kBf16x12 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / kPer;
   static constexpr int streams(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }
@@ -54,7 +56,8 @@ struct Avx512 {
 template <Values kKind>
 struct Avx512Integer {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4, kGemmTile = 12;
+  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4;
+  static constexpr int kTileStrips = 2, kGemmTile = 12, kGemmSums = 1;
   static constexpr int kPer = kKind == Values::kInt4 ? 4 : 2;
   static constexpr int kSteps = kBlockColumns / 2 / kPer;
   // Half bytes are taken as they are, 0 to 15, with the sign bit turned round.
@@ -88,7 +91,7 @@ struct Avx512Integer {
   static inline Sum zero_sum() { return _mm512_setzero_ps(); }
   static inline __m512i broadcast(const uint8_t* x) { return broadcast_dword(x); }
   static inline Accumulator multiply_add(Operand w, __m512i x, Accumulator acc) {
-    return _mm512_dpwssd_epi32(acc, w, x);
+    return dot_words(acc, w, x);
   }
   static inline Accumulator add_sums(Accumulator a, Accumulator b) { return _mm512_add_epi32(a, b); }
   static inline Accumulator subtract(Accumulator a, int32_t value) {

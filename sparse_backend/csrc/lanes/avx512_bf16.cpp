@@ -9,7 +9,8 @@ namespace {
 template <Values kKind>
 struct Avx512Bf16 {
   static constexpr Values kValues = kKind;
-  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4, kGemmTile = 12, kOffset = 0;
+  static constexpr int kParts = 1, kSums = 2, kGemvTokens = 8, kGemvTiles = 4, kOffset = 0;
+  static constexpr int kTileStrips = 2, kGemmTile = 6, kGemmSums = kSums;
   static constexpr int kPer = kKind == Values::kBf16x12 ? 2 : 1;
   static constexpr int kSteps = kBlockColumns / 2 / kPer;
   static constexpr int streams(int tokens) { return tokens <= 2 ? 4 : tokens <= 4 ? 2 : 1; }

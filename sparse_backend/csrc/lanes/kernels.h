@@ -13,19 +13,22 @@ namespace sparse_backend::lanes {
 
 using unstructured::ExponentTable;
 
-// Tokens per call for larger batches.
-constexpr int kGemmTokens = 96;
-// Blocks decoded at a time by the batched kernel: 16 KB of floats, and 6 KB of activations per tile, fit an
-// L1 cache that two threads share.
-constexpr int kChunkBlocks = 16;
+// Tokens per call for larger batches: as many as the accumulators in an L2 cache allow.
+constexpr int kGemmTokens = 264;
+// Of one strip, decoded at a time by the batched kernel: with 6 KB of activations per tile an L1 cache holds
+// it.
+constexpr int kChunkBytes = 16384;
 // Integer sums are moved into floats at the latest after so many blocks, before they overflow:
 // 512 products of at most 127 * 32767.
 constexpr int kFlushBlocks = 32;
 // Vectors of 16 lanes per token: accumulators of a kernel, at most.
 constexpr int kMostSums = 4;
-// Bytes of scratch a kernel needs per thread: decoded blocks, accumulators, sums.
+// Strips side by side in a tile, at most.
+constexpr int kMostTileStrips = 2;
+// Bytes of scratch a kernel needs per thread: of every strip of a tile decoded blocks, accumulators, sums.
+constexpr int64_t kDecodedBytes = int64_t{kFlushBlocks} * kBlockWeights * 4;
 constexpr int64_t kScratchBytes =
-    int64_t{kFlushBlocks} * kBlockWeights * 4 + int64_t{kGemmTokens} * (kMostSums + 1) * 64;
+    kMostTileStrips * (kDecodedBytes + int64_t{kGemmTokens} * (kMostSums + 1) * 64);
 
 using Kernels = unstructured::StripKernels;
 using unstructured::kUnitStrips;

@@ -16,6 +16,7 @@ struct Scalar {
   static constexpr int kSteps = 1, kPer = 16, kParts = 1, kSums = 4, kGemvTokens = 2, kGemvTiles = 1,
                        kGemmTile = 4;
   static constexpr int kOffset = 0;
+  static constexpr int kTileStrips = 1, kGemmSums = kSums;
   static constexpr int streams(int) { return 1; }
   using Element = float;
   using Operand = Lanes<float>;
@@ -71,6 +72,7 @@ struct ScalarInteger {
   static constexpr int kSteps = 1, kPer = 8, kParts = 1, kSums = 4, kGemvTokens = 2, kGemvTiles = 1,
                        kGemmTile = 4;
   static constexpr int kOffset = 0;
+  static constexpr int kTileStrips = 1, kGemmSums = kSums;
   static constexpr int streams(int) { return 1; }
   using Element = int16_t;
   struct Operand {

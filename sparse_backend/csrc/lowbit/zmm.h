@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "../dot_avx512.h"
 #include "kernel_impl.h"
 
 namespace sparse_backend::lowbit {
@@ -48,14 +49,7 @@ struct Zmm {
   static inline Reg code2(Reg line) {
     return _mm512_and_si512(kSlot == 0 ? line : _mm512_srli_epi16(line, 2 * kSlot), bits(3));
   }
-  // Pinned: GCC 12 would copy every sum before and after its dot product.
-  static inline Reg dot(Reg sum, Reg codes, Reg x) {
-    sum = _mm512_dpbusd_epi32(sum, codes, x);
-#if !defined(SPARSE_BACKEND_EMULATE_AVX512)
-    __asm__ volatile("" : "+v"(sum));
-#endif
-    return sum;
-  }
+  static inline Reg dot(Reg sum, Reg codes, Reg x) { return dot_bytes(sum, codes, x); }
   static inline Reg widen(Reg total, Reg sum) { return add(total, sum); }
   static inline Reg dot8(Reg total, Reg line, Reg x) { return dot(total, line, x); }
 

@@ -1,5 +1,6 @@
 // AVX-512 with VBMI and VNNI: float arithmetic, and vpdpwssd for integer values. Activations of other
 // types go through batches, where a register is 16 tokens.
+#include "../dot_avx512.h"
 #include "avx512_gemv.h"
 
 namespace sparse_backend::sell {
@@ -23,7 +24,7 @@ struct Avx512 {
   }
   static inline Vector multiply_add(uint32_t weight, const uint8_t* x, Vector acc) {
     if constexpr (kInteger) {
-      return _mm512_dpwssd_epi32(acc, _mm512_set1_epi32(static_cast<int>(weight)), _mm512_load_si512(x));
+      return dot_words(acc, _mm512_set1_epi32(static_cast<int>(weight)), _mm512_load_si512(x));
     } else {
       return _mm512_fmadd_ps(_mm512_set1_ps(float_from_bits(weight)), _mm512_load_ps(x), acc);
     }
@@ -40,7 +41,7 @@ struct Avx512 {
   // acc += w * x: the first of a row's two entries, then the second.
   static inline Vector two_entries(__m512i w, __m512i x, Vector acc) {
     if constexpr (kInteger) {
-      return _mm512_dpwssd_epi32(acc, w, x);
+      return dot_words(acc, w, x);
     } else if constexpr (kKind == Values::kFp16) {
       const auto floats = [](__m512i v) { return _mm512_cvtph_ps(_mm512_cvtepi32_epi16(v)); };
       acc = _mm512_fmadd_ps(floats(w), floats(x), acc);

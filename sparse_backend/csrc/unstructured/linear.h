@@ -3,6 +3,7 @@
 #pragma once
 
 #include "buffer.h"
+#include "prefetch.h"
 
 namespace sparse_backend::unstructured {
 
@@ -19,6 +20,7 @@ struct LinearArgs {
 inline int activation_limit(const Header& h) { return h.activation_bits == 8 ? 127 : 32767; }
 
 constexpr int64_t kMostStored = 512;
+constexpr int kEscapeTokensAhead = 8;
 
 // Stores y for `rows` rows (at most kMostStored) from `first_row` on and `tokens` tokens from `token` on;
 // result(t, out) writes what the kernel found for token t, x_scales[t] is the scale of its activations.
@@ -38,6 +40,9 @@ void store_results(const View& w, const LinearArgs& args, const float* x_scales,
     int64_t row = first_row;
     for (uint32_t e = escape; e < last_escape; ++e) {
       while (w.escape_start[row + 1] <= e) ++row;
+      // Each a cache miss of its own: those of a later token are under way meanwhile.
+      prefetch(args.x,
+               ((token + t + kEscapeTokensAhead) * k + w.escapes[e].column) * element_bytes(args.x_type));
       value[row - first_row] += float_from_bf16(w.escapes[e].bits) *
                                 load_as_float(args.x, args.x_type, (token + t) * k + w.escapes[e].column);
     }
