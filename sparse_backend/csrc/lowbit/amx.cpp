@@ -30,20 +30,23 @@ inline void configure(int rows) {
 template <bool kInt8>
 void tile_block(const BlockArgs& b) {
   const int64_t whole = b.steps / kTileSteps;
-  for (int r = 0; r < b.rows && whole > 0; r += kTileRows) {
-    const int rows = static_cast<int>(at_most(b.rows - r, kTileRows));
-    configure(rows);
-    int32_t* out = b.out + r * kUnitRows;
-    _tile_loadd(0, out, kUnitRows * sizeof(int32_t));
-    for (int64_t i = 0; i < whole; ++i) {
-      for (int line = 0; kInt8 && r == 0 && line < kTileSteps; ++line) {
-        prefetch(b.w + (i * kTileSteps + line) * kLine);
+  for (int panel = 0; panel < b.panels; ++panel) {
+    const uint8_t* w = b.w + panel * b.panel_stride;
+    for (int r = 0; r < b.rows && whole > 0; r += kTileRows) {
+      const int rows = static_cast<int>(at_most(b.rows - r, kTileRows));
+      configure(rows);
+      int32_t* out = b.out + r * kUnitRows + panel * kPanelRows;
+      _tile_loadd(0, out, kUnitRows * sizeof(int32_t));
+      for (int64_t i = 0; i < whole; ++i) {
+        for (int line = 0; kInt8 && r == 0 && line < kTileSteps; ++line) {
+          prefetch(w + (i * kTileSteps + line) * kLine);
+        }
+        _tile_loadd(1, b.x + r * b.x_stride + i * 64, b.x_stride);
+        _tile_loadd(2, w + i * kTileSteps * kLine, kLine);
+        _tile_dpbsud(0, 1, 2);
       }
-      _tile_loadd(1, b.x + r * b.x_stride + i * 64, b.x_stride);
-      _tile_loadd(2, b.w + i * kTileSteps * kLine, kLine);
-      _tile_dpbsud(0, 1, 2);
+      _tile_stored(0, out, kUnitRows * sizeof(int32_t));
     }
-    _tile_stored(0, out, kUnitRows * sizeof(int32_t));
   }
   if (whole > 0) _tile_release();
   BlockArgs rest = b;

@@ -8,10 +8,10 @@ namespace sparse_backend::lowbit {
 namespace {
 
 struct Avx2 : Ymm {
-  static constexpr int kGemvRows = 4;
+  static constexpr int kGemvRows = 4, kGemvPasses = 1;
   static constexpr int slot_sums(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int kGemvPanels = 1;
-  static constexpr int kGemmTile = 6;
+  static constexpr int kTilePanels = 1, kGemmTile = 6;
   // A code is at most 2, an activation at least -128: a line adds four pairs, 2048, to a 16-bit lane.
   static constexpr int64_t kLines2 = 16;
   static constexpr int64_t kLines5 = 12;

@@ -6,10 +6,10 @@ namespace sparse_backend::lowbit {
 namespace {
 
 struct AvxVnni : Ymm {
-  static constexpr int kGemvRows = 4;
+  static constexpr int kGemvRows = 4, kGemvPasses = 1;
   static constexpr int slot_sums(int rows) { return rows == 1 ? 2 : 1; }
   static constexpr int kGemvPanels = 1;
-  static constexpr int kGemmTile = 6;
+  static constexpr int kTilePanels = 1, kGemmTile = 6;
   static constexpr int64_t kLines2 = kMaxColumns, kLines5 = kMaxColumns, kSteps = kMaxColumns;
   static constexpr int kInt8Offset = 128;
 

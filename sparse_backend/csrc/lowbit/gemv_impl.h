@@ -3,9 +3,10 @@
 //
 //   Reg, kParts        a line of 16 dword lanes is kParts registers
 //   kGemvRows          rows of activations whose sums fit the registers beside the codes
+//   kGemvPasses        batches of up to so many passes of kGemvRows are faster with `gemv`
 //   slot_sums(rows)    1, 2 or 4: sums per row of activations that the registers have room for
 //   kGemvPanels        panels read side by side for one row of activations
-//   kGemmTile          rows of activations in the register tile of `gemm`
+//   kTilePanels, kGemmTile  panels and rows of activations in the register tile of `gemm`
 //   kLines2, kLines5   lines whose narrow sums cannot overflow before widen()
 //   kSteps             the same in steps of 4 columns of decoded codes
 //   load, store, zero, broadcast
@@ -305,10 +306,13 @@ void gemv(const UnitArgs& a) {
   if (a.plan->storage == Storage::kInt8 && both) {
     return panels8_some<Simd>(a, 0, a.rows);
   }
+  // Passes of equal height: 12 rows are 6 and 6, not 8 and 4.
+  const int passes = (a.rows + Simd::kGemvRows - 1) / Simd::kGemvRows;
+  const int height = (a.rows + passes - 1) / passes;
   for (int panel = 0; panel < a.panels; ++panel) {
     // The second and later passes over a panel find it in the L1 or L2 cache.
-    for (int first = 0; first < a.rows; first += Simd::kGemvRows) {
-      panel_some<Simd>(a, panel, first, static_cast<int>(at_most(a.rows - first, Simd::kGemvRows)));
+    for (int first = 0; first < a.rows; first += height) {
+      panel_some<Simd>(a, panel, first, static_cast<int>(at_most(a.rows - first, height)));
     }
   }
 }

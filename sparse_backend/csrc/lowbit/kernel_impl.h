@@ -64,59 +64,76 @@ int64_t decode_columns(const Plan& plan, const uint8_t* w, int64_t first, uint8_
   return (out - begin) / kLine;
 }
 
-// `steps` decoded (or int8) steps of one panel times kRows rows of activations, added to `out`. int8 weights
-// come from memory for the first rows, and from the cache for the others.
-template <class Simd, int kRows, bool kInt8>
-void tile(const uint8_t* w, const int8_t* x, int64_t stride, int64_t steps, int32_t* out, bool first_rows) {
+// The product of decoded (or int8) steps of panels with all rows of activations, added to `out`.
+struct BlockArgs {
+  const uint8_t* w;
+  int64_t panel_stride;  // bytes
+  int panels;
+  const int8_t* x;
+  int64_t x_stride;
+  int rows;
+  int64_t steps;
+  int32_t* out;  // [rows][kUnitRows]
+};
+
+// kPanels panels from number `panel` on times kRows rows of activations from number `row` on. int8 weights
+// come from memory for the first rows, and from the cache for the others. Two panels use every broadcast
+// twice, of which processors make fewer than dot products.
+template <class Simd, int kPanels, int kRows, bool kInt8>
+void tile(const BlockArgs& b, int panel, int row) {
   constexpr int kLanes = kPanelRows / Simd::kParts;
-  while (steps > 0) {
+  const uint8_t* w = b.w + panel * b.panel_stride;
+  const int8_t* x = b.x + row * b.x_stride;
+  int32_t* const out = b.out + row * kUnitRows + panel * kPanelRows;
+  for (int64_t steps = b.steps; steps > 0;) {
     const int64_t count = kInt8 ? steps : at_most(steps, Simd::kSteps);
-    Totals<Simd, kRows> sum;
-    sum.clear();
+    Totals<Simd, kRows> sum[kPanels];
+#pragma GCC unroll 2
+    for (int s = 0; s < kPanels; ++s) sum[s].clear();
     for (int64_t i = 0; i < count; ++i, w += kLine, x += 4) {
-      if (kInt8 && first_rows) prefetch(w);
-      typename Simd::Reg line[Simd::kParts];
-      for (int p = 0; p < Simd::kParts; ++p) line[p] = Simd::load(w + p * (kLine / Simd::kParts));
+      typename Simd::Reg line[kPanels][Simd::kParts];
+#pragma GCC unroll 2
+      for (int s = 0; s < kPanels; ++s) {
+        const uint8_t* from = w + s * b.panel_stride;
+        if (kInt8 && row == 0) prefetch(from);
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) line[s][p] = Simd::load(from + p * (kLine / Simd::kParts));
+      }
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        const auto xv = Simd::broadcast(x + r * stride);
+        const auto xv = Simd::broadcast(x + r * b.x_stride);
 #pragma GCC unroll 2
-        for (int p = 0; p < Simd::kParts; ++p) {
-          if constexpr (kInt8) {
-            sum.reg[r][p] = Simd::dot8(sum.reg[r][p], line[p], xv);
-          } else {
-            sum.reg[r][p] = Simd::dot(sum.reg[r][p], line[p], xv);
+        for (int s = 0; s < kPanels; ++s) {
+#pragma GCC unroll 2
+          for (int p = 0; p < Simd::kParts; ++p) {
+            auto& reg = sum[s].reg[r][p];
+            reg = kInt8 ? Simd::dot8(reg, line[s][p], xv) : Simd::dot(reg, line[s][p], xv);
           }
         }
       }
     }
-    for (int r = 0; r < kRows; ++r) {
-      for (int p = 0; p < Simd::kParts; ++p) {
-        int32_t* at = out + r * kUnitRows + p * kLanes;
-        const auto before = Simd::load(reinterpret_cast<const uint8_t*>(at));
-        Simd::store(at, kInt8 ? Simd::add(before, sum.reg[r][p]) : Simd::widen(before, sum.reg[r][p]));
+#pragma GCC unroll 2
+    for (int s = 0; s < kPanels; ++s) {
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 2
+        for (int p = 0; p < Simd::kParts; ++p) {
+          int32_t* at = out + r * kUnitRows + s * kPanelRows + p * kLanes;
+          const auto before = Simd::load(reinterpret_cast<const uint8_t*>(at));
+          Simd::store(at,
+                      kInt8 ? Simd::add(before, sum[s].reg[r][p]) : Simd::widen(before, sum[s].reg[r][p]));
+        }
       }
     }
     steps -= count;
   }
 }
 
-template <class Simd, bool kInt8, int kRows>
-void tile_rows(int rows, const uint8_t* w, const int8_t* x, int64_t stride, int64_t steps, int32_t* out,
-               bool first_rows) {
-  if (rows == kRows) return tile<Simd, kRows, kInt8>(w, x, stride, steps, out, first_rows);
-  if constexpr (kRows > 1) tile_rows<Simd, kInt8, kRows - 1>(rows, w, x, stride, steps, out, first_rows);
+template <class Simd, bool kInt8, int kPanels, int kRows>
+void tile_rows(int rows, const BlockArgs& b, int panel, int row) {
+  if (rows == kRows) return tile<Simd, kPanels, kRows, kInt8>(b, panel, row);
+  if constexpr (kRows > 1) tile_rows<Simd, kInt8, kPanels, kRows - 1>(rows, b, panel, row);
 }
-
-// The product of decoded (or int8) steps of one panel with all rows of activations.
-struct BlockArgs {
-  const uint8_t* w;
-  const int8_t* x;
-  int64_t x_stride;
-  int rows;
-  int64_t steps;
-  int32_t* out;
-};
 
 template <class Simd, bool kInt8>
 void block(const BlockArgs& b) {
@@ -125,19 +142,11 @@ void block(const BlockArgs& b) {
   const int height = (b.rows + tiles - 1) / tiles;
   for (int r = 0; r < b.rows; r += height) {
     const int rows = static_cast<int>(at_most(b.rows - r, height));
-    tile_rows<Simd, kInt8, Simd::kGemmTile>(rows, b.w, b.x + r * b.x_stride, b.x_stride, b.steps,
-                                            b.out + r * kUnitRows, r == 0);
-  }
-}
-
-// In the order of memory, as nothing is decoded.
-template <void (*kBlock)(const BlockArgs&)>
-void gemm_int8(const UnitArgs& a) {
-  for (int panel = 0; panel < a.panels; ++panel) {
-    for (int64_t first = 0; first < a.plan->columns; first += kGemmColumns) {
-      kBlock({a.panel[panel] + first / 4 * kLine, a.x + first, a.x_stride, a.rows,
-              (at_most(a.plan->columns - first, kGemmColumns) + 3) / 4, a.out + panel * kPanelRows});
+    int panel = 0;
+    for (; panel + Simd::kTilePanels <= b.panels; panel += Simd::kTilePanels) {
+      tile_rows<Simd, kInt8, Simd::kTilePanels, Simd::kGemmTile>(rows, b, panel, r);
     }
+    for (; panel < b.panels; ++panel) tile_rows<Simd, kInt8, 1, Simd::kGemmTile>(rows, b, panel, r);
   }
 }
 
@@ -146,41 +155,58 @@ template <class Simd, void (*kBlockCodes)(const BlockArgs&), void (*kBlockInt8)(
 void gemm(const UnitArgs& a) {
   const Plan& plan = *a.plan;
   std::memset(a.out, 0, plan.segments * a.rows * kUnitRows * sizeof(int32_t));
-  if (plan.storage == Storage::kInt8) return gemm_int8<kBlockInt8>(a);
+  BlockArgs b{};
+  b.panels = a.panels;
+  b.x_stride = a.x_stride;
+  b.rows = a.rows;
   for (int64_t first = 0; first < plan.columns; first += kGemmColumns) {
+    b.x = a.x + first;
+    b.out = a.out;
+    if (plan.storage == Storage::kInt8) {
+      b.w = a.panel[0] + first / 4 * kLine;
+      b.panel_stride = plan.panel_bytes;
+      b.steps = (at_most(plan.columns - first, kGemmColumns) + 3) / 4;
+      kBlockInt8(b);
+      continue;
+    }
+    b.w = a.scratch;
+    b.panel_stride = kGemmColumns / 4 * kLine;
+    int64_t left = 0;
     for (int panel = 0; panel < a.panels; ++panel) {
-      BlockArgs b{a.scratch, a.x + first, a.x_stride, a.rows, 0, a.out + panel * kPanelRows};
-      int64_t left = decode_columns<Simd>(plan, a.panel[panel], first, a.scratch);
-      if (plan.segment == 0) {
-        b.steps = left;
-        kBlockCodes(b);
-        continue;
-      }
-      int64_t segment = first / plan.segment;
-      while (left > 0) {
-        b.steps = at_most(left, plan.segment / 4);
-        b.out = a.out + segment * a.rows * kUnitRows + panel * kPanelRows;
-        kBlockCodes(b);
-        b.w += b.steps * kLine;
-        b.x += b.steps * 4;
-        left -= b.steps;
-        ++segment;
-      }
+      left = decode_columns<Simd>(plan, a.panel[panel], first, a.scratch + panel * b.panel_stride);
+    }
+    if (plan.segment == 0) {
+      b.steps = left;
+      kBlockCodes(b);
+      continue;
+    }
+    int64_t segment = first / plan.segment;
+    while (left > 0) {
+      b.steps = at_most(left, plan.segment / 4);
+      b.out = a.out + segment * a.rows * kUnitRows;
+      kBlockCodes(b);
+      b.w += b.steps * kLine;
+      b.x += b.steps * 4;
+      left -= b.steps;
+      ++segment;
     }
   }
 }
 
-// Column groups at 1.6 bits lie across lines: those go through scratch at any batch.
+// Column groups at 1.6 bits lie across lines: those go through scratch at any batch. int8 weights are not
+// decoded, and a second pass over them is no faster than a tile.
 template <class Simd, void (*kBlockCodes)(const BlockArgs&), void (*kBlockInt8)(const BlockArgs&)>
 void gemv_or_gemm(const UnitArgs& a) {
-  if (a.plan->segment > 0 && a.plan->lines5 > 0) return gemm<Simd, kBlockCodes, kBlockInt8>(a);
+  const bool across_lines = a.plan->segment > 0 && a.plan->lines5 > 0;
+  const bool second_pass = a.plan->storage == Storage::kInt8 && a.rows > Simd::kGemvRows;
+  if (across_lines || second_pass) return gemm<Simd, kBlockCodes, kBlockInt8>(a);
   gemv<Simd>(a);
 }
 
 template <class Simd>
 constexpr Kernels make_kernels(const char* name) {
   return Kernels{name,
-                 Simd::kGemvRows,
+                 Simd::kGemvRows * Simd::kGemvPasses,
                  prepare,
                  gemv_or_gemm<Simd, block<Simd, false>, block<Simd, true>>,
                  gemm<Simd, block<Simd, false>, block<Simd, true>>,

@@ -23,10 +23,10 @@ constexpr TritTable kTrits;
 
 struct Zmm {
   static constexpr int kParts = 1;
-  static constexpr int kGemvRows = 8;
+  static constexpr int kGemvRows = 8, kGemvPasses = 4;
   static constexpr int slot_sums(int rows) { return rows <= 4 ? 4 : rows <= 8 ? 2 : 1; }
   static constexpr int kGemvPanels = 2;
-  static constexpr int kGemmTile = 12;
+  static constexpr int kTilePanels = 2, kGemmTile = 12;
   static constexpr int64_t kLines2 = kMaxColumns, kLines5 = kMaxColumns, kSteps = kMaxColumns;
   static constexpr int kInt8Offset = 128;
   using Reg = __m512i;
