@@ -6,6 +6,7 @@ SHAPES: dict[str, tuple[int, int]] = {
     "qwen3.5-27b gate/up": (17408, 5120),
     "qwen3.5-27b down": (5120, 17408),
     "llama3-8b gate/up": (14336, 4096),
+    "llama3-8b down": (4096, 14336),
     "llama3-8b o": (4096, 4096),
     "bitnet-2b gate/up": (6912, 2560),
     "bitnet-2b down": (2560, 6912),

@@ -71,6 +71,20 @@ std::atomic<int>& active_level() {
   return level;
 }
 
+bool made_by_amd() {
+#if defined(__x86_64__)
+  constexpr uint32_t kAuthenticAmd = 0x68747541;  // "Auth"
+  return cpuid(0, 0).ebx == kAuthenticAmd;
+#else
+  return false;
+#endif
+}
+
+std::atomic<bool>& one_stream() {
+  static std::atomic<bool> one{made_by_amd()};
+  return one;
+}
+
 }  // namespace
 
 const CpuFeatures& cpu_features() {
@@ -78,15 +92,8 @@ const CpuFeatures& cpu_features() {
   return features;
 }
 
-bool reads_one_stream() {
-#if defined(__x86_64__)
-  constexpr uint32_t kAuthenticAmd = 0x68747541;  // "Auth"
-  static const bool amd = cpuid(0, 0).ebx == kAuthenticAmd;
-  return amd;
-#else
-  return false;
-#endif
-}
+bool reads_one_stream() { return one_stream().load(std::memory_order_relaxed); }
+void set_reads_one_stream(bool one) { one_stream().store(one, std::memory_order_relaxed); }
 
 bool amx_int8_usable() {
 #if defined(__x86_64__) && defined(__linux__)

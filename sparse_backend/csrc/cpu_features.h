@@ -26,6 +26,8 @@ const CpuFeatures& cpu_features();
 // AMD's processors (Zen 5: one 41 GB/s, four in turn 24); Intel's want several (Ice Lake: one 9.5,
 // four 13.2).
 bool reads_one_stream();
+// For tests: results do not depend on it.
+void set_reads_one_stream(bool one);
 
 // Whether tiles may be used: asks Linux for the AMX tile state, once; a process that never does is
 // killed at its first tile instruction.

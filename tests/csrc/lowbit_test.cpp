@@ -71,8 +71,10 @@ void check_kernels(const lb::Kernels& kernels, const Weight& w, int rows, std::m
     a.x_stride = w.plan.padded;
     a.rows = rows;
     a.scratch = scratch.get();
-    for (const bool batched : {false, true}) {
+    for (const int way : {0, 1, 2}) {  // gemv with several streams of memory and with one, gemm
+      const bool batched = way == 2;
       if (!batched && rows > kernels.gemv_rows) continue;
+      a.one_stream = way == 1;
       Buffer out = allocate(sums * 4);
       std::memset(out.get(), 0xAB, sums * 4);
       a.out = reinterpret_cast<int32_t*>(out.get());
@@ -132,10 +134,11 @@ void check_linear(const Weight& w, int tokens, DType type, std::mt19937& rng) {
   for (int level = 0; level <= static_cast<int>(sb::best_isa()); ++level) {
     sb::set_isa(static_cast<sb::Isa>(level));
     for (const auto* pool : {&kOneThread, &kThreads}) {
+      sb::set_reads_one_stream(pool == &kThreads);
       a.y = started ? other.get() : first.get();
       lb::linear(a, *pool);
       if (started && std::memcmp(first.get(), other.get(), tokens * n * element) != 0) {
-        fail("levels or threads differ", lb::kernel_name(), n, k, tokens);
+        fail("levels, threads or streams differ", lb::kernel_name(), n, k, tokens);
       }
       started = true;
     }
@@ -164,7 +167,7 @@ void test_lowbit() {
         if (group > 0 && storage == Storage::kInt8) continue;
         const Weight w = make_weight(shape[0], shape[1], storage, group, rng);
         for (const auto* kernels : levels) {
-          for (const int rows : {1, 2, 3, 4, 5, 8, 13, 18}) check_kernels(*kernels, w, rows, rng);
+          for (const int rows : {1, 2, 3, 4, 5, 8, 13, 18, 27}) check_kernels(*kernels, w, rows, rng);
         }
         check_hostile_headers(w, rng);
 #if !defined(SPARSE_BACKEND_EMULATE_AVX512)

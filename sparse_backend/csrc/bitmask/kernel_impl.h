@@ -26,7 +26,7 @@
 // columns in both.
 #pragma once
 
-#include "../unstructured/prefetch.h"
+#include "../unstructured/ahead.h"
 #include "../unstructured/prepare_strips.h"
 #include "../unstructured/unroll.h"
 #include "kernels.h"
@@ -36,7 +36,6 @@ namespace {
 
 using unstructured::Ahead;
 using unstructured::each;
-using unstructured::prefetch;
 
 // How far ahead of the decoder memory is asked for, in bytes of each strip's stream. Zen 5, one thread, four
 // strips, 50% zeros: nothing 31 GB/s, 1 KB 33, 2 KB 37, 4 KB 35.

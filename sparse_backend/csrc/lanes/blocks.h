@@ -2,14 +2,12 @@
 // scales.
 #pragma once
 
-#include "../unstructured/prefetch.h"
+#include "../prefetch.h"
 #include "../unstructured/prepare_strips.h"
 #include "kernels.h"
 
 namespace sparse_backend::lanes {
 namespace {
-
-using unstructured::prefetch;
 
 // How far ahead of the decoder memory is asked for, in bytes of stream: together as much for one stream as
 // for several, and of one that goes on into the strips that follow, so that it never starts cold.

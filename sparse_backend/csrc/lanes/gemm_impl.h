@@ -5,6 +5,7 @@
 // twice. 17408 x 5120, 64 tokens, one thread: see benchmarks/results/README.md.
 #pragma once
 
+#include "../unstructured/ahead.h"
 #include "../unstructured/unroll.h"
 #include "blocks.h"
 

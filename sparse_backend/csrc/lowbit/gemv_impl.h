@@ -19,6 +19,7 @@
 //   Single             sums of one row of activations, that may skip normalising the codes
 #pragma once
 
+#include "../prefetch.h"
 #include "common_impl.h"
 
 namespace sparse_backend::lowbit {
@@ -27,10 +28,7 @@ namespace {
 // One core alone reaches the memory's limit only when it asks this far ahead.
 constexpr int kPrefetchBytes = 8192;
 
-// As an integer: the place may be past the end of the weight, where no pointer may point.
-inline void prefetch(const uint8_t* line) {
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(line) + kPrefetchBytes));
-}
+inline void prefetch(const uint8_t* line) { sparse_backend::prefetch(line, kPrefetchBytes); }
 
 template <class Simd, int kRows>
 struct Totals {

@@ -2,8 +2,8 @@
 // escapes, bias, conversion. Included only by files compiled for the baseline processor.
 #pragma once
 
+#include "../prefetch.h"
 #include "buffer.h"
-#include "prefetch.h"
 
 namespace sparse_backend::unstructured {
 

@@ -1,16 +1,10 @@
-// Asking for memory before it is needed.
+// Asking for memory while something else is done.
 #pragma once
 
-#include <cstdint>
+#include "../prefetch.h"
 
 namespace sparse_backend::unstructured {
 namespace {
-
-// As an integer: the place may be past the end of the weight, where no pointer may point.
-inline void prefetch(const void* from, int64_t ahead) {
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(from) + static_cast<uintptr_t>(ahead)));
-}
 
 // What the batched kernels ask for while they multiply what is decoded: of kStrips streams the bytes that are
 // decoded next, in equal shares by every pass over the decoded weights and by every step of a pass. (Asked
