@@ -323,7 +323,7 @@ class _Measured:
         return min(((e, s) for e in _EXPONENTS for s in _SCALES), key=lambda pair: distance(*pair))
 
 
-@functools.lru_cache(maxsize=6)
+@functools.lru_cache(maxsize=3)  # two densities beside the dense one
 def _weight(density: float, blocks: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (_MANY_ROWS, _COLUMNS)
