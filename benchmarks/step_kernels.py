@@ -39,11 +39,11 @@ class StepKernels:
         for n, k in shapes:
             weight = torch.randn(n, k, generator=generator)
             weight = weight.masked_fill_(torch.rand(n, k, generator=generator) < zeros, 0).bfloat16()
-            decision = plan.choose(weight, Options(values=values))
-            if dense or decision.pack is None:
+            packed = None if dense else plan.pack(weight, Options(values=values))[0]
+            if packed is None:
                 self.groups.append(dense_peers(weight))
             else:
-                self.groups.append([machine_contender(decision.format, decision.pack().lower())])
+                self.groups.append([machine_contender(packed.format, packed.lower())])
         self.columns = [k for _, k in shapes]
 
     def seconds(self, batch: int) -> float:

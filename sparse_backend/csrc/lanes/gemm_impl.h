@@ -20,6 +20,7 @@ template <class Simd>
 constexpr int kOperands = Simd::kSteps * Simd::kPer;
 template <class Simd>
 constexpr int kGemmBlocks = kChunkBytes / (kOperands<Simd> * 64);
+
 template <class Simd, int kStep = 0>
 inline void decode_block(const uint8_t* run, const typename Simd::Table& table, uint8_t* out) {
   typename Simd::Operand w[Simd::kPer][Simd::kParts];

@@ -6,7 +6,6 @@
 //   kSums          accumulators per output; operand i of a block goes to number i % kSums
 //   kGemvTokens, kGemvTiles   batches up to so many tiles of so many tokens decode into registers
 //   streams(tokens)  strips side by side that the registers have room for
-//                  other
 //   kTileStrips, kGemmTile, kGemmSums   strips and tokens in the register tile of the batched kernel, and
 //                  accumulators per output: kSums but for integers, whose sums no order changes
 //   Element        of the prepared activations; an operand takes 4 bytes of them: one float, or a

@@ -63,10 +63,6 @@ struct SlotSums {
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; ++s) set[s].clear();
   }
-  template <int kSlot>
-  inline Totals<Simd, kRows>& of() {
-    return set[kSlot % kSets];
-  }
   inline void widen_into(Totals<Simd, kRows>& total) const {
 #pragma GCC unroll 4
     for (int s = 0; s < kSets; ++s) total.widen(set[s]);
@@ -76,7 +72,7 @@ struct SlotSums {
 template <class Simd, int kRows, int kSlot>
 inline void slot2(const typename Simd::Reg line[], const int8_t* x, int64_t stride,
                   SlotSums<Simd, kRows>& sums) {
-  auto& sum = sums.template of<kSlot>();
+  auto& sum = sums.set[kSlot % sums.kSets];
   typename Simd::Reg codes[Simd::kParts];
 #pragma GCC unroll 2
   for (int p = 0; p < Simd::kParts; ++p) codes[p] = Simd::template code2<kSlot>(line[p]);
