@@ -1,8 +1,8 @@
 """Contenders that take turns: the rules of every kernel benchmark.
 
-All contenders of a group run in one loop (this may be a shared machine), each rotates over copies
-of its weight that total 8 times the last-level cache and makes one call that is not timed before each
-that is; medians are compared. A result that is wrong has no speed.
+All contenders of a group run in one loop (this may be a shared machine). Each makes one call that is not
+timed before each that is, and rotates over copies of its weight, so many that 8 times the last-level cache is
+read before one of them comes back; medians are compared. A result that is wrong has no speed.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ Call = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Contender:
-    """One way to compute the layer: copies of its weight, and what a call reads."""
+    """One way to compute the layer: make() copies its weight, of which a call reads `nbytes`."""
 
-    def __init__(self, name: str, calls: list[Call], nbytes: int) -> None:
-        self.name, self.calls, self.nbytes = name, calls, nbytes
+    def __init__(self, name: str, make: Callable[[], Call], nbytes: int) -> None:
+        self.name, self.make, self.nbytes = name, make, nbytes
+        self.calls = [make()]
         self.times: list[float] = []
         self.turn = 0
         self.problem = ""
@@ -50,9 +51,12 @@ class Contender:
         return statistics.median(self.times)
 
 
-def copies(nbytes: int, make: Callable[[], Call]) -> list[Call]:
-    count = max(2, -(-8 * machine.last_level_cache() // max(1, nbytes)))
-    return [make() for _ in range(min(count, 400))]
+def rotate(group: list[Contender]) -> None:
+    """As many copies as the caches ask for: in a round everyone reads two of its own."""
+    round_bytes = 2 * sum(c.nbytes for c in group)
+    count = 1 + max(1, -(-8 * machine.last_level_cache() // max(1, round_bytes)))
+    for c in group:
+        c.calls += [c.make() for _ in range(min(count, 400) - len(c.calls))]
 
 
 def dense_peers(weight: torch.Tensor) -> list[Contender]:
@@ -62,7 +66,7 @@ def dense_peers(weight: torch.Tensor) -> list[Contender]:
         w = machine.huge(torch.empty_like(weight)).copy_(weight)
         return lambda x: F.linear(x, w)
 
-    out = [Contender("F.linear", copies(weight.nbytes, dense), weight.nbytes)]
+    out = [Contender("F.linear", dense, weight.nbytes)]
     try:
         import vllm._custom_ops as ops
 
@@ -70,13 +74,14 @@ def dense_peers(weight: torch.Tensor) -> list[Contender]:
             handle = ops.create_onednn_mm(weight.t(), 32)
             return lambda x: ops.onednn_mm(handle, x, None)
 
-        out.append(Contender("onednn_mm", copies(weight.nbytes, onednn), weight.nbytes))
+        out.append(Contender("onednn_mm", onednn, weight.nbytes))
     except RuntimeError as error:
         console.print(f"onednn_mm does not run here: {str(error).splitlines()[0][:100]}", highlight=False)
     return out
 
 
 def measure(group: list[Contender], x: torch.Tensor, budget_s: float) -> None:
+    rotate([c for c in group if not c.problem])
     for c in group:
         c.times = []
         if not c.problem:

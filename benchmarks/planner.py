@@ -17,7 +17,7 @@ from typing import Any
 
 import machine
 import torch
-from contest import Call, Contender, console, copies, measure
+from contest import Call, Contender, console, measure
 from rich.table import Table
 from shapes import SHAPES
 from sparse_kernels import machine_contender
@@ -36,7 +36,7 @@ def dense(weight: torch.Tensor) -> list[Contender]:
         return calibrate.dense_products([weight.clone()])[which][0]  # in ordinary pages, as engines hold weights
 
     kinds = len(calibrate.dense_products([weight]))
-    return [Contender(f"dense {i}", copies(weight.nbytes, partial(call, i)), weight.nbytes) for i in range(kinds)]
+    return [Contender(f"dense {i}", partial(call, i), weight.nbytes) for i in range(kinds)]
 
 
 def weight_of(kind: str, zeros: float, n: int, k: int) -> torch.Tensor:
@@ -60,8 +60,12 @@ def one(shape: str, kind: str, zeros: float, values: str | None, args: Any, prof
         else:
             group[p.name] = machine_contender(p.name, p.pack().lower())
     rows = []
-    probes = [torch.ones(READ_BYTES // 8, dtype=torch.int64) for _ in range(2)]
-    probe = Contender("memory", [lambda x, p=p: p.sum() for p in probes], READ_BYTES)
+
+    def read() -> Call:
+        memory = torch.ones(READ_BYTES // 8, dtype=torch.int64)
+        return lambda _: memory.sum()
+
+    probe = Contender("memory", read, READ_BYTES)
     for batch in args.batch:
         x = torch.randn(batch, weight.shape[1]).bfloat16()
         exact = x.float() @ weight.float().t()

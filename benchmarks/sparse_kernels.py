@@ -8,7 +8,7 @@ from typing import Any
 
 import machine
 import torch
-from contest import Call, Contender, console, copies, dense_peers, fastest, measure
+from contest import Call, Contender, console, dense_peers, fastest, measure
 from rich.table import Table
 from shapes import SHAPES
 
@@ -46,7 +46,7 @@ def machine_contender(name: str, weight: sb.MachineWeight) -> Contender:
         tensors = [machine.huge(torch.empty_like(t)).copy_(t) for t in weight.tensors.values()]
         return lambda x: row.call(x, tensors, None, n)
 
-    return Contender(name, copies(weight.nbytes, call), weight.nbytes)
+    return Contender(name, call, weight.nbytes)
 
 
 def quantised_peers(weight: torch.Tensor) -> list[Contender]:
@@ -92,7 +92,7 @@ def quantised_peers(weight: torch.Tensor) -> list[Contender]:
     for name, make, nbytes, reference in peers:
         try:
             make()(torch.zeros(1, k, dtype=torch.bfloat16))
-            contender = Contender(name, copies(nbytes, make), nbytes)
+            contender = Contender(name, make, nbytes)
             contender.reference = reference
             found.append(contender)
         except (RuntimeError, NotImplementedError, AttributeError) as error:
@@ -119,8 +119,8 @@ def csr_peers(weight: torch.Tensor) -> list[Contender]:
         return lambda x: torch.from_numpy((w @ x.float().t().numpy()).T).to(x.dtype)
 
     return [
-        Contender("torch.sparse CSR", copies(nbytes, torch_csr), nbytes),
-        Contender("scipy CSR", copies(scipy_bytes, scipy_csr), scipy_bytes),
+        Contender("torch.sparse CSR", torch_csr, nbytes),
+        Contender("scipy CSR", scipy_csr, scipy_bytes),
     ]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import Any
 
 import ggml_peer
 import machine
 import torch
-from contest import Call, Contender, console, copies, dense_peers, fastest, measure
+from contest import Call, Contender, console, dense_peers, fastest, measure
 from rich.table import Table
 from shapes import SHAPES
 
@@ -44,7 +45,7 @@ def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
             buffer, scales = packed._format().lower(packed).tensors.values()
             return lambda x: op(x, buffer, scales, None, n)
 
-        contender = Contender(name, copies(lowered.nbytes, ours), lowered.nbytes)
+        contender = Contender(name, ours, lowered.nbytes)
         contender.reference = grouped if "group_size" in options else None
         out.append(contender)
     dense = dense_peers(weight)
@@ -56,8 +57,7 @@ def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
     ggml = ggml_peer.Ggml()
     for name in ggml_peer.TERNARY_TYPES:
         data, kind = ggml_peer.quantised(weight, name)
-        calls = copies(data.nbytes, lambda d=data, t=kind: ggml_peer.MatMul(ggml, d, t, n, k))  # type: ignore[misc]
-        out.append(Contender(name, calls, data.nbytes))
+        out.append(Contender(name, partial(ggml_peer.MatMul, ggml, data, kind, n, k), data.nbytes))
     return out + dense
 
 

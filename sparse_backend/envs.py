@@ -16,7 +16,7 @@ PRUNE_PYTHON_VARIABLE = "SPARSE_BACKEND_PRUNE_PYTHON"
 
 
 def isa() -> str | None:
-    """SPARSE_BACKEND_ISA: scalar, avx2 or avx512 forces a lower kernel level."""
+    """SPARSE_BACKEND_ISA: scalar, avx2, avx512 or amx forces a kernel level, at most the machine's."""
     return os.environ.get(ISA_VARIABLE) or None
 
 

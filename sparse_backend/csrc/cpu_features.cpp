@@ -80,6 +80,18 @@ bool made_by_amd() {
 #endif
 }
 
+// Asks Linux for the tile state.
+bool tiles_granted() {
+#if defined(__x86_64__) && defined(__linux__)
+  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  constexpr long kTileData = 18;
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
+  return false;
+#endif
+}
+
 std::atomic<bool>& one_stream() {
   static std::atomic<bool> one{made_by_amd()};
   return one;
@@ -95,20 +107,9 @@ const CpuFeatures& cpu_features() {
 bool reads_one_stream() { return one_stream().load(std::memory_order_relaxed); }
 void set_reads_one_stream(bool one) { one_stream().store(one, std::memory_order_relaxed); }
 
-bool amx_int8_usable() {
-#if defined(__x86_64__) && defined(__linux__)
-  constexpr long kRequestPermission = 0x1023;  // ARCH_REQ_XCOMP_PERM
-  constexpr long kTileData = 18;
-  static const bool usable =
-      cpu_features().amx_int8 && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-  return usable;
-#else
-  return false;
-#endif
-}
-
 Isa best_isa() {
   const CpuFeatures& f = cpu_features();
+  if (f.avx512_bf16 && f.amx_bf16 && f.amx_int8 && tiles_granted()) return Isa::kAmx;
   if (f.avx512) return Isa::kAvx512;
   if (f.avx2) return Isa::kAvx2;
   return Isa::kScalar;

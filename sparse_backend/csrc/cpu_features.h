@@ -7,7 +7,7 @@
 namespace sparse_backend {
 
 // Kernel levels, ordered: a level may be forced down, never up.
-enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2 };
+enum class Isa : int { kScalar = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 struct CpuFeatures {
   bool avx2 = false;    // AVX2 with FMA, F16C and POPCNT
@@ -29,11 +29,8 @@ bool reads_one_stream();
 // For tests: results do not depend on it.
 void set_reads_one_stream(bool one);
 
-// Whether tiles may be used: asks Linux for the AMX tile state, once; a process that never does is
-// killed at its first tile instruction.
-bool amx_int8_usable();
-
-// The highest level this machine runs.
+// The highest level this machine runs: `amx` is AVX-512 with BF16 and tiles of bf16 and int8, for which Linux
+// has been asked (a process that never asks is killed at its first tile instruction).
 Isa best_isa();
 
 // The level the kernels use now; best_isa() until set_isa() lowers it.

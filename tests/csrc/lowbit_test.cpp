@@ -57,6 +57,9 @@ void check_kernels(const lb::Kernels& kernels, const Weight& w, int rows, std::m
       row[i] = static_cast<int8_t>(i >= k ? 0 : int8 && end < -127 ? -127 : end);
     }
   }
+  Buffer tiles = allocate(rows * w.plan.padded);
+  lb::arrange_tiles(reinterpret_cast<const int8_t*>(x.get()), w.plan.padded, rows, 0, rows,
+                    reinterpret_cast<int8_t*>(tiles.get()));
   Buffer scratch = allocate(lb::kScratchBytes);
   const int64_t panels = lb::panel_count(n), sums = w.plan.segments * rows * lb::kUnitRows;
   for (int64_t u = 0; u * lb::kUnitPanels < panels; ++u) {
@@ -78,6 +81,7 @@ void check_kernels(const lb::Kernels& kernels, const Weight& w, int rows, std::m
       Buffer out = allocate(sums * 4);
       std::memset(out.get(), 0xAB, sums * 4);
       a.out = reinterpret_cast<int32_t*>(out.get());
+      a.x_tiles = batched && kernels.tiles ? reinterpret_cast<const int8_t*>(tiles.get()) : nullptr;
       (batched ? kernels.gemm : kernels.gemv)(a);
       for (int64_t s = 0; s < w.plan.segments; ++s) {
         const int64_t begin = s * w.plan.segment, end = w.plan.segment > 0 ? begin + w.plan.segment : k;
@@ -157,7 +161,7 @@ void test_lowbit() {
   if (sb::cpu_features().avx2) levels.push_back(&lb::avx2_kernels());
   if (sb::cpu_features().avx_vnni) levels.push_back(&lb::avx_vnni_kernels());
   if (sb::cpu_features().avx512_vnni) levels.push_back(&lb::avx512_vnni_kernels());
-  if (sb::amx_int8_usable()) levels.push_back(&lb::amx_kernels());
+  if (sb::best_isa() >= sb::Isa::kAmx) levels.push_back(&lb::amx_kernels());
 #endif
   const int64_t shapes[][2] = {{1, 1},   {3, 7},    {16, 16},   {17, 20},
                                {31, 65}, {33, 600}, {40, 1299}, {5, 2600}};
@@ -167,7 +171,7 @@ void test_lowbit() {
         if (group > 0 && storage == Storage::kInt8) continue;
         const Weight w = make_weight(shape[0], shape[1], storage, group, rng);
         for (const auto* kernels : levels) {
-          for (const int rows : {1, 2, 3, 4, 5, 8, 13, 18, 27}) check_kernels(*kernels, w, rows, rng);
+          for (const int rows : {1, 2, 3, 4, 5, 8, 13, 18, 27, 50}) check_kernels(*kernels, w, rows, rng);
         }
         check_hostile_headers(w, rng);
 #if !defined(SPARSE_BACKEND_EMULATE_AVX512)

@@ -25,10 +25,12 @@ def test_logic_under_emulation(tmp_path):
     flags = {
         "bitmask/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
         "bitmask/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
+        "bitmask/amx": ["-O1", *emulate],
         "bitmask/order_avx512": ["-O1", *emulate],
         "bitmask/avx2": ["-O0", *AVX2],
         "lanes/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
         "lanes/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
+        "lanes/amx": ["-O1", *emulate],
         "lanes/avx2": ["-O0", *AVX2],
         "sell/avx512": ["-O1", "-mf16c", "-mfma", *emulate],
         "sell/avx512_bf16": ["-O1", "-mf16c", "-mfma", *emulate],
@@ -62,7 +64,9 @@ def disassemble(path):
     ).stdout.splitlines()
 
 
-@pytest.mark.parametrize(("name", "flags"), [("avx512", AVX512), ("avx512_bf16", [*AVX512, "-mavx512bf16"])])
+@pytest.mark.parametrize(
+    ("name", "flags"), [("avx512", AVX512), ("avx512_bf16", [*AVX512, "-mavx512bf16"]), ("amx", AVX512)]
+)
 def test_every_expand_has_its_destination_zeroed_right_before(tmp_path, name, flags):
     lines = disassemble(compile_file(CSRC / "bitmask" / f"{name}.cpp", tmp_path / "k.o", "-O3", *flags))
     expands = [i for i, line in enumerate(lines) if "vpexpand" in line]
@@ -96,17 +100,19 @@ def test_files_for_one_level_export_nothing_but_their_kernels(tmp_path):
         ("bitmask/avx2", AVX2),
         ("bitmask/avx512", AVX512),
         ("bitmask/avx512_bf16", [*AVX512, "-mavx512bf16"]),
+        ("bitmask/amx", AVX512),
         ("bitmask/order_avx512", AVX512),
         ("lanes/avx2", AVX2),
         ("lanes/avx512", AVX512),
         ("lanes/avx512_bf16", [*AVX512, "-mavx512bf16"]),
+        ("lanes/amx", AVX512),
         ("sell/avx2", AVX2),
         ("sell/avx512", AVX512),
         ("sell/avx512_bf16", [*AVX512, "-mavx512bf16"]),
         ("lowbit/avx2", AVX2),
         ("lowbit/avx_vnni", [*AVX2, "-mavxvnni"]),
         ("lowbit/avx512_vnni", AVX512),
-        ("lowbit/amx", [*AVX512, "-mamx-tile", "-mamx-int8"]),
+        ("lowbit/amx", AVX512),
     ):
         path = compile_file(CSRC / f"{name}.cpp", tmp_path / "k.o", "-O3", *flags)
         symbols = subprocess.run(

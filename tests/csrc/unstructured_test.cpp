@@ -6,6 +6,7 @@
 #include <map>
 #include <random>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -218,12 +219,16 @@ std::vector<Implementation> implementations() {
   std::vector<Implementation> list;
   for (const Values v : {Values::kBf16, Values::kFp16, Values::kBf16x12, Values::kInt8, Values::kInt4}) {
     const std::string kind = " values " + std::to_string(static_cast<int>(v));
+    // Their sums are moved into floats at the same columns; the scalar ones round twice, having no FMA.
+    const auto integer_vectors = [&](const un::StripKernels& kernels) {
+      return un::is_integer(v) && std::strcmp(kernels.name, "scalar") != 0;
+    };
     const auto bitmask = [&](const bm::Kernels& kernels, bool bf16_only = false) {
       list.push_back({std::string("bitmask ") + kernels.name + kind,
                       &bm::kStream,
                       v,
                       bf16_only,
-                      false,
+                      integer_vectors(kernels),
                       {0, 64, 128, 256},
                       run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
@@ -248,10 +253,21 @@ std::vector<Implementation> implementations() {
                       &lanes::kStream,
                       v,
                       bf16_only,
-                      false,
+                      integer_vectors(kernels),
                       {0, 32, 64, 128, 256},
                       run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
+    };
+    const auto tiles = [&](bool integer_values) {
+      bitmask(bm::amx_kernels(v), !integer_values);
+      blocks(lanes::amx_kernels(v), !integer_values);
+      if (!integer_values) return;
+      bitmask(bm::amx_byte_kernels(v));
+      list.back().name += " int8 activations";
+      list.back().int8_activations = true;
+      blocks(lanes::amx_byte_kernels(v));
+      list.back().name += " int8 activations";
+      list.back().int8_activations = true;
     };
     [[maybe_unused]] const bool integer = un::is_integer(v);
     const bool bf16 = v == Values::kBf16 || v == Values::kBf16x12;
@@ -266,6 +282,7 @@ std::vector<Implementation> implementations() {
     if (bf16) slices(sell::avx512_bf16_kernels(v), true);
     blocks(lanes::avx512_kernels(v));
     if (bf16) blocks(lanes::avx512_bf16_kernels(v), true);
+    if (bf16 || integer) tiles(integer);
 #else
     if (sb::cpu_features().avx2) bitmask(bm::avx2_kernels(v)), slices(sell::avx2_kernels(v));
     if (sb::cpu_features().avx512) bitmask(bm::avx512_kernels(v)), slices(sell::avx512_kernels(v));
@@ -275,6 +292,7 @@ std::vector<Implementation> implementations() {
     if (sb::cpu_features().avx512) blocks(lanes::avx512_kernels(v));
     if (sb::cpu_features().avx512_bf16 && bf16) blocks(lanes::avx512_bf16_kernels(v), true);
     if (sb::cpu_features().avx512_bf16 && bf16) bitmask(bm::avx512_bf16_kernels(v), true);
+    if (sb::best_isa() >= sb::Isa::kAmx && (bf16 || integer)) tiles(integer);
 #endif
   }
   return list;
@@ -291,7 +309,8 @@ int main() {
   const auto list = implementations();
   for (const auto& shape : shapes) {
     for (const double zeros : {0.0, 0.5, 0.95, 1.0}) {
-      std::map<std::pair<Values, DType>, std::vector<float>> results;  // of what is the same everywhere
+      // Of what is the same everywhere.
+      std::map<std::tuple<const un::Stream*, Values, DType, int>, std::vector<float>> results;
       for (const Implementation& impl : list) {
         const bool integer = un::is_integer(impl.values);
         const int group =
@@ -304,7 +323,8 @@ int main() {
           const Weight w = make_weight(impl, shape[0], shape[1], zeros, group, activation_bits, rng);
           const auto result = check(impl, w, x_type, rng);
           if (impl.same_everywhere) {
-            const auto first = results.emplace(std::pair(impl.values, x_type), result).first;
+            const std::tuple key(impl.stream, impl.values, x_type, activation_bits);
+            const auto first = results.emplace(key, result).first;
             if (first->second != result) fail("depends on the machine", impl.name.c_str(), w.n, w.k, 1);
           }
           if (x_type == DType::kBf16) check_hostile_headers(impl, w, rng);

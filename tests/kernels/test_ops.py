@@ -126,6 +126,10 @@ def test_features_agree_with_the_operating_system():
     assert found["avx2"] == all(f in flags for f in ("avx2", "fma", "f16c", "popcnt"))
     assert found["avx512_bf16"] == ("avx512_bf16" in flags and found["avx512"])
     assert found["avx512"] == all(f in flags for f in ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vbmi2"))
+    assert found["amx_bf16"] == ("amx_bf16" in flags)
+    assert found["amx_int8"] == ("amx_int8" in flags)
+    tiles = all(found[f] for f in ("avx512_bf16", "amx_bf16", "amx_int8"))
+    assert ("amx" in cpu.available_levels()) == tiles
     assert found["avx512_vnni"] == ("avx512_vnni" in flags and found["avx512"])
 
 

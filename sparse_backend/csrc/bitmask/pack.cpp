@@ -186,7 +186,7 @@ const OrderKernels& order_kernels() {
 #if defined(SPARSE_BACKEND_EMULATE_AVX512)
   if (active_isa() != Isa::kScalar) return avx512_order_kernels();
 #elif defined(__x86_64__)
-  if (active_isa() == Isa::kAvx512) return avx512_order_kernels();
+  if (active_isa() >= Isa::kAvx512) return avx512_order_kernels();
 #endif
   return kernels;
 }

@@ -16,6 +16,7 @@ constexpr int64_t kSmall = 32768;
 const Kernels& kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::kAmx:
     case Isa::kAvx512:
       return avx512_kernels();
     case Isa::kAvx2:

@@ -27,14 +27,14 @@ inline void decode2(const uint8_t* w, int64_t lines, uint8_t* out) {
   }
 }
 
-// Decodes columns [first, first + columns) of one panel to steps of 4 columns, 64 bytes each,
-// in their natural order. `first` is a multiple of kGemmColumns. Returns the steps written.
+// Decodes columns [first, first + most), fewer at the end, of one panel to steps of 4 columns, 64 bytes each,
+// in their natural order. `first` is a multiple of `most`. Returns the steps written.
 template <class Simd>
-int64_t decode_columns(const Plan& plan, const uint8_t* w, int64_t first, uint8_t* out) {
+int64_t decode_columns(const Plan& plan, const uint8_t* w, int64_t first, int64_t most, uint8_t* out) {
   uint8_t* const begin = out;
-  int64_t columns = at_most(plan.columns - first, kGemmColumns);
+  int64_t columns = at_most(plan.columns - first, most);
   const int block_lines = plan.span / 4;
-  int64_t line = first / 20;  // whole blocks: kGemmColumns is a multiple of 5 * span
+  int64_t line = first / 20;  // whole blocks: `most` is a multiple of 5 * span
   for (; line < plan.lines5 && columns > 0; line += block_lines, columns -= 5 * plan.span) {
     for (int i = 0; i < block_lines; ++i) {
       const uint8_t* source = w + (line + i) * kLine;
@@ -72,6 +72,8 @@ struct BlockArgs {
   const int8_t* x;
   int64_t x_stride;
   int rows;
+  const int8_t* x_tiles;  // UnitArgs::x_tiles
+  int64_t column;         // of x
   int64_t steps;
   int32_t* out;  // [rows][kUnitRows]
 };
@@ -159,21 +161,24 @@ void gemm(const UnitArgs& a) {
   b.panels = a.panels;
   b.x_stride = a.x_stride;
   b.rows = a.rows;
-  for (int64_t first = 0; first < plan.columns; first += kGemmColumns) {
+  b.x_tiles = a.x_tiles;
+  const int64_t most = a.x_tiles != nullptr && plan.segment == 0 ? kTileGemmColumns : kGemmColumns;
+  for (int64_t first = 0; first < plan.columns; first += most) {
     b.x = a.x + first;
+    b.column = first;
     b.out = a.out;
     if (plan.storage == Storage::kInt8) {
       b.w = a.panel[0] + first / 4 * kLine;
       b.panel_stride = plan.panel_bytes;
-      b.steps = (at_most(plan.columns - first, kGemmColumns) + 3) / 4;
+      b.steps = (at_most(plan.columns - first, most) + 3) / 4;
       kBlockInt8(b);
       continue;
     }
     b.w = a.scratch;
-    b.panel_stride = kGemmColumns / 4 * kLine;
+    b.panel_stride = most / 4 * kLine;
     int64_t left = 0;
     for (int panel = 0; panel < a.panels; ++panel) {
-      left = decode_columns<Simd>(plan, a.panel[panel], first, a.scratch + panel * b.panel_stride);
+      left = decode_columns<Simd>(plan, a.panel[panel], first, most, a.scratch + panel * b.panel_stride);
     }
     if (plan.segment == 0) {
       b.steps = left;
@@ -187,6 +192,7 @@ void gemm(const UnitArgs& a) {
       kBlockCodes(b);
       b.w += b.steps * kLine;
       b.x += b.steps * 4;
+      b.column += b.steps * 4;
       left -= b.steps;
       ++segment;
     }

@@ -15,11 +15,15 @@ namespace sparse_backend::lowbit {
 // Panels whose outputs are computed by one call.
 constexpr int kUnitPanels = 2;
 constexpr int kUnitRows = kUnitPanels * kPanelRows;
-// Rows of activations in one call of `gemm`.
-constexpr int kGemmRows = 96;
+// Rows of activations in one call of `gemm`: of most kernels, and of those with tiles.
+constexpr int kGemmRows = 96, kTileGemmRows = 128;
+constexpr int kTileRows = 16, kTileColumns = 64;
 // Columns decoded at a time: whole blocks of every layout, whole groups of every size.
 constexpr int64_t kGemmColumns = 1280;
 constexpr int64_t kScratchBytes = kUnitRows * kGemmColumns;
+// The same by kernels with tiles, of weights without groups: with more, what is decoded does not stay in an
+// L1 cache (17408 x 5120, 64 tokens, one thread of Emerald Rapids: 11.1 ms with 1280, 9.2 with 320).
+constexpr int64_t kTileGemmColumns = 320;
 
 struct UnitArgs {
   const Plan* plan;
@@ -29,6 +33,9 @@ struct UnitArgs {
   const int8_t* x;  // prepared activations, [rows][x_stride], 64-byte aligned, zero past the last column
   int64_t x_stride;
   int rows;
+  // The same for kernels that ask (Kernels::tiles), in tiles of tile_height(rows) rows, of which the last
+  // one may have fewer: [tile][x_stride / kTileColumns][row][kTileColumns].
+  const int8_t* x_tiles;
   int32_t* out;      // [segments][rows][kUnitRows] sums of codes times activations
   uint8_t* scratch;  // kScratchBytes, 64-byte aligned; only for `gemm`
 };
@@ -62,6 +69,12 @@ struct FinishArgs {
   int64_t out_features;
 };
 
+// Rows of a tile: as few tiles as there may be, of equal height.
+constexpr int tile_height(int rows) {
+  const int tiles = (rows + kTileRows - 1) / kTileRows;
+  return (rows + tiles - 1) / tiles;
+}
+
 struct Kernels {
   const char* name;
   int gemv_rows;  // up to this many rows of activations `gemv` is faster
@@ -69,6 +82,7 @@ struct Kernels {
   void (*gemv)(const UnitArgs& args);  // decodes into registers
   void (*gemm)(const UnitArgs& args);  // decodes into scratch
   void (*finish)(const FinishArgs& args);
+  bool tiles = false;  // `gemm` takes UnitArgs::x_tiles
 };
 
 const Kernels& scalar_kernels();

@@ -11,8 +11,9 @@ namespace {
 const Kernels& select() {
 #if defined(__x86_64__)
   switch (active_isa()) {
+    case Isa::kAmx:
+      return amx_kernels();
     case Isa::kAvx512:
-      if (amx_int8_usable() && cpu_features().avx512_vnni) return amx_kernels();
       if (cpu_features().avx512_vnni) return avx512_vnni_kernels();
       [[fallthrough]];
     case Isa::kAvx2:
@@ -27,13 +28,26 @@ const Kernels& select() {
 // Sums of one unit stay in the L2 cache: with column groups there are many per output.
 constexpr int64_t kSumBytes = 262144;
 
-int tokens_at_once(const Plan& plan, int limbs) {
+int tokens_at_once(const Kernels& kernels, const Plan& plan, int limbs) {
   const int64_t rows = kSumBytes / (plan.segments * kUnitRows * static_cast<int64_t>(sizeof(int32_t)));
-  const int64_t most = rows < kGemmRows ? rows : kGemmRows;
+  const int64_t gemm_rows = kernels.tiles ? kTileGemmRows : kGemmRows;
+  const int64_t most = rows < gemm_rows ? rows : gemm_rows;
   return most < 8 * limbs ? 8 : static_cast<int>(most / limbs);
 }
 
 }  // namespace
+
+void arrange_tiles(const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int8_t* out) {
+  const int height = tile_height(rows);
+  for (int64_t row = begin; row < end; ++row) {
+    const int64_t first = row / height * height;
+    const int64_t here = rows - first < height ? rows - first : height;
+    int8_t* to = out + first * stride + (row - first) * kTileColumns;
+    for (int64_t c = 0; c < stride; c += kTileColumns, to += here * kTileColumns) {
+      std::memcpy(to, x + row * stride + c, kTileColumns);
+    }
+  }
+}
 
 const char* kernel_name() { return select().name; }
 
@@ -45,13 +59,16 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
   const int64_t panels = panel_count(n), units = (panels + kUnitPanels - 1) / kUnitPanels;
   const int64_t x_row_bytes = k * (a.x_type == DType::kFp32 ? 4 : 2);
   const int64_t y_row_bytes = n * (a.x_type == DType::kFp32 ? 4 : 2);
-  const int64_t block = tokens_at_once(plan, limbs);
+  const int64_t block = tokens_at_once(kernels, plan, limbs);
 
   thread_local Scratch x_memory, sum_memory, scale_memory;
   for (int64_t token = 0; token < a.tokens; token += block) {
     const int64_t tokens = a.tokens - token < block ? a.tokens - token : block;
     const int rows = static_cast<int>(tokens) * limbs;
-    int8_t* x = reinterpret_cast<int8_t*>(x_memory.reserve(rows * plan.padded + kLine));
+    const bool tiles = kernels.tiles && rows > kernels.gemv_rows;
+    const int64_t x_bytes = rows * plan.padded + kLine;
+    int8_t* x = reinterpret_cast<int8_t*>(x_memory.reserve(tiles ? 2 * x_bytes : x_bytes));
+    int8_t* x_tiles = tiles ? x + x_bytes : nullptr;
     int32_t* x_sums = reinterpret_cast<int32_t*>(sum_memory.reserve(rows * plan.segments * 4));
     float* x_scales = reinterpret_cast<float*>(scale_memory.reserve(tokens * 4));
     // Waking the pool costs microseconds: work of about that size stays on this thread.
@@ -70,6 +87,7 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
         p.scale = x_scales + t;
         kernels.prepare(p);
       }
+      if (tiles) arrange_tiles(x, plan.padded, rows, begin * limbs, end * limbs, x_tiles);
     });
 
     const bool small = units * kUnitRows * (k + 1) * rows < kMultiplyAdds;
@@ -82,6 +100,7 @@ void linear(const LinearArgs& a, const ThreadPool& pool) {
       unit.plan = &plan;
       unit.x = x;
       unit.x_stride = plan.padded;
+      unit.x_tiles = x_tiles;
       unit.rows = rows;
       unit.one_stream = reads_one_stream();
       unit.scratch = scratch;

@@ -24,6 +24,9 @@ struct LinearArgs {
 
 void linear(const LinearArgs& args, const ThreadPool& pool);
 
+// Writes rows [begin, end) of activations, `stride` bytes each, to their places in tiles (UnitArgs::x_tiles).
+void arrange_tiles(const int8_t* x, int64_t stride, int rows, int64_t begin, int64_t end, int8_t* out);
+
 // The name of the kernel that linear() would run.
 const char* kernel_name();
 

@@ -23,13 +23,23 @@ void interleave(const StripKernels& kernels, const uint8_t* row, int64_t bytes, 
   struct TwoWords {
     uint64_t word[2];
   };
+  struct Line {
+    uint64_t word[8];
+  };
+  struct TwoLines {
+    Line line[2];
+  };
   switch (kernels.x_unit_bytes) {
     case 4:
       return interleave<uint32_t>(row, bytes, token, together, tile);
     case 8:
       return interleave<uint64_t>(row, bytes, token, together, tile);
-    default:
+    case 16:
       return interleave<TwoWords>(row, bytes, token, together, tile);
+    case 64:
+      return interleave<Line>(row, bytes, token, together, tile);
+    default:
+      return interleave<TwoLines>(row, bytes, token, together, tile);
   }
 }
 
@@ -43,6 +53,13 @@ int tile_height(const BatchKernel& kernel, int tokens) {
   const auto padded = [&](int height) { return round_up(tokens, height); };
   const int high = equal(kernel.tile), low = equal(kernel.tile - kernel.step);
   return 3 * low >= 2 * kernel.tile && padded(low) < padded(high) ? low : high;
+}
+
+// Strips of a call: more than usual where the kernel likes that, and threads still have enough calls each.
+int64_t unit_strips(const BatchKernel& kernel, int64_t strips, int tokens, const ThreadPool& pool) {
+  if (tokens <= kernel.tile) return kUnitStrips;
+  const int64_t share = strips / (8 * int64_t{pool.threads}) / kUnitStrips * kUnitStrips;
+  return share < kUnitStrips ? kUnitStrips : share < kernel.strips ? share : kernel.strips;
 }
 
 // The activations of one call's tokens.
@@ -121,13 +138,14 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
     // Small matrices stay on this thread; large ones are cut into at least eight pieces per thread, as some
     // cores may be half as fast as others.
     constexpr int64_t kMultiplyAdds = 262144;
-    const int64_t units = (h.parts + kUnitStrips - 1) / kUnitStrips;
-    int64_t range = kMultiplyAdds / (kUnitStrips * kStripRows * (k + 1) * tokens) + 1;
+    const int64_t together = unit_strips(kernel, h.parts, tokens, pool);
+    const int64_t units = (h.parts + together - 1) / together;
+    int64_t range = kMultiplyAdds / (together * kStripRows * (k + 1) * tokens) + 1;
     const int64_t even_share = units / (8 * int64_t{pool.threads}) + 1;
     if (units > range && range < even_share) range = even_share;
     parallel_ranges(pool, units, range, [&](int64_t begin, int64_t end) {
       thread_local Scratch memory;
-      const int64_t result_bytes = int64_t{kUnitStrips} * kStripRows * tokens * 4;
+      const int64_t result_bytes = together * kStripRows * tokens * 4;
       uint8_t* scratch = memory.reserve(result_bytes + kernels.scratch_bytes);
       StripArgs unit{};
       unit.columns = k;
@@ -141,8 +159,8 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
       unit.out = reinterpret_cast<float*>(scratch);
       unit.scratch = scratch + result_bytes;
       for (int64_t u = begin; u < end; ++u) {
-        const int64_t first = u * kUnitStrips, row = first * kStripRows;
-        unit.strips = static_cast<int>(h.parts - first < kUnitStrips ? h.parts - first : kUnitStrips);
+        const int64_t first = u * together, row = first * kStripRows;
+        unit.strips = static_cast<int>(h.parts - first < together ? h.parts - first : together);
         unit.scales = w.scales + row * groups;
         for (int s = 0; s < unit.strips; ++s) {
           const uint64_t offset = w.offsets[first + s];

@@ -12,11 +12,12 @@ struct LinearArgs;
 constexpr int kStripRows = 16;
 // Strips per kernel call: memory delivers several streams faster than one.
 constexpr int kUnitStrips = 4;
+constexpr int kMostUnitStrips = 16;  // of kernels that take more (BatchKernel::strips)
 
 struct StripArgs {
-  const uint8_t* strip[kUnitStrips];  // the stream of each; nullptr for one that stores nothing
-  int strips;                         // 1..kUnitStrips
-  bool one_stream;                    // this processor reads faster strip after strip (cpu_features.h)
+  const uint8_t* strip[kMostUnitStrips];  // the stream of each; nullptr for one that stores nothing
+  int strips;                             // at least 1
+  bool one_stream;                        // this processor reads faster strip after strip (cpu_features.h)
   int64_t columns;
   const ExponentTable* exponents;  // of kBf16x12 values
   const float* scales;             // integer values: of the first strip, [groups][kStripRows]
@@ -35,18 +36,19 @@ struct StripArgs {
 // A kernel for larger batches, which decodes blocks of columns into scratch memory.
 struct BatchKernel {
   void (*run)(const StripArgs& args);
-  int tokens;  // most per call
-  int tile;    // most in a tile
-  int step;    // a tile has room for a multiple of so many tokens, padded with zeros
+  int tokens;                // most per call
+  int tile;                  // most in a tile
+  int step;                  // a tile has room for a multiple of so many tokens, padded with zeros
+  int strips = kUnitStrips;  // most per call, for more than one tile of tokens
 };
 
 // One instruction set's kernels for one kind of stored values.
 struct StripKernels {
   const char* name;
   int64_t x_element_bytes;  // of the prepared activations
-  int64_t x_unit_bytes;     // of a token's activations that stand together in a tile: 4, 8 or 16
+  int64_t x_unit_bytes;     // of a token's activations that stand together in a tile: 4, 8, 16, 64 or 128
   int64_t column_step;      // activations are zero-padded to a multiple of so many columns
-  int gemv_tokens;          // most in a tile of `gemv`
+  int gemv_tokens;          // most in a tile of `gemv`; 0: `gemm` takes any number
   int gemv_tiles;           // batches of up to so many tiles are faster with `gemv`
   bool wants_sums;          // of the activations, 16 by 16
   int64_t scratch_bytes;    // per thread

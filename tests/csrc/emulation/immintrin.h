@@ -119,7 +119,7 @@ inline float _mm512_reduce_add_ps(const __m512& v) {
   return s[0];
 }
 
-// AVX-512 VNNI, VBMI and AMX, for lowbit/.
+// AVX-512 VNNI and VBMI, for lowbit/.
 
 template <class Lane, class F>
 inline __m512i emulated_lanes(const __m512i& a, const __m512i& b, F f) {
@@ -177,61 +177,5 @@ inline __m512i _mm512_dpbusd_epi32(const __m512i& sum, const __m512i& u, const _
   return r;
 }
 
-struct EmulatedTiles {
-  bool configured = false;
-  int rows[8] = {}, bytes[8] = {};
-  uint8_t data[8][16][64] = {};
-};
-inline EmulatedTiles& emulated_tiles() {
-  static thread_local EmulatedTiles tiles;
-  return tiles;
-}
-inline void _tile_loadconfig(const void* config) {
-  const uint8_t* c = static_cast<const uint8_t*>(config);
-  EmulatedTiles& t = emulated_tiles();
-  t = EmulatedTiles();
-  if (c[0] != 1) __builtin_trap();  // palette 1: 8 tiles of up to 16 rows of 64 bytes
-  t.configured = true;
-  for (int i = 0; i < 8; ++i) {
-    uint16_t bytes;
-    std::memcpy(&bytes, c + 16 + 2 * i, 2);
-    t.bytes[i] = bytes;
-    t.rows[i] = c[48 + i];
-    if (bytes > 64 || t.rows[i] > 16) __builtin_trap();
-  }
-}
-inline void _tile_release() { emulated_tiles() = EmulatedTiles(); }
-inline void _tile_loadd(int tile, const void* base, int64_t stride) {
-  EmulatedTiles& t = emulated_tiles();
-  if (!t.configured) __builtin_trap();
-  std::memset(t.data[tile], 0, sizeof(t.data[tile]));
-  for (int r = 0; r < t.rows[tile]; ++r) {
-    std::memcpy(t.data[tile][r], static_cast<const uint8_t*>(base) + r * stride, t.bytes[tile]);
-  }
-}
-inline void _tile_stored(int tile, void* base, int64_t stride) {
-  EmulatedTiles& t = emulated_tiles();
-  if (!t.configured) __builtin_trap();
-  for (int r = 0; r < t.rows[tile]; ++r) {
-    std::memcpy(static_cast<uint8_t*>(base) + r * stride, t.data[tile][r], t.bytes[tile]);
-  }
-}
-// C[m][n] += sum over k of signed A[m][4 k ..] times unsigned B[k][4 n ..].
-inline void _tile_dpbsud(int c, int a, int b) {
-  EmulatedTiles& t = emulated_tiles();
-  if (!t.configured || t.rows[c] != t.rows[a] || t.bytes[a] != 4 * t.rows[b] || t.bytes[c] != t.bytes[b]) {
-    __builtin_trap();
-  }
-  for (int m = 0; m < t.rows[c]; ++m) {
-    for (int n = 0; n < t.bytes[c] / 4; ++n) {
-      int32_t sum;
-      std::memcpy(&sum, t.data[c][m] + 4 * n, 4);
-      for (int k = 0; k < t.rows[b]; ++k) {
-        sum = emulated_dot(sum, t.data[b][k] + 4 * n, reinterpret_cast<const int8_t*>(t.data[a][m] + 4 * k));
-      }
-      std::memcpy(t.data[c][m] + 4 * n, &sum, 4);
-    }
-  }
-}
-
+#include "tile_state.h"
 #include "words.h"

@@ -73,6 +73,12 @@ inline __m256i _mm512_cvtepi32_epi16(const __m512i& v) {
 }
 inline __m512 _mm512_cvtepi32_ps(const __m512i& v) { return emulated_convert<float, int32_t, __m512>(v); }
 
+inline __m512i _mm512_permutexvar_epi16(const __m512i& index, const __m512i& v) {
+  __m512i r;
+  for (int i = 0; i < 32; ++i) r.h[i] = v.h[index.h[i] % 32];
+  return r;
+}
+
 inline __m512i _mm512_broadcast_i32x4(const __m128i& v) {
   __m512i r;
   for (int i = 0; i < 32; ++i) r.h[i] = v.h[i % 8];

@@ -1,0 +1,165 @@
+// AMX: an expanded mask of bf16, 16 rows of two columns, or of integers, 16 rows of four, is a row of a tile.
+// Compiled with avx512.cpp's flags; the tiles are inline assembly.
+#include "../unstructured/amx_impl.h"
+#include "avx512_expand.h"
+#include "kernels.h"
+
+namespace sparse_backend::bitmask {
+namespace {
+
+namespace amx = unstructured::amx;
+using amx::Activations;
+using unstructured::each;
+
+// How far ahead of the decoder memory is asked for, in bytes of each strip's stream.
+constexpr int kPrefetchBytes = 2048;
+
+template <Values kKind, Activations kX>
+struct Policy {
+  static constexpr Activations kActivations = kX;
+  static constexpr int kColumns = amx::unit_columns(kX), kTilesOfChunk = kChunk / kColumns;
+  static constexpr int kSmall = kTilesOfChunk,
+                       kLarge = kX == Activations::kBf16 ? 8 : kFlushColumns / kColumns;
+  static constexpr int place_of(int column) { return column; }
+
+  template <int kStrips>
+  class Strips {
+   public:
+    const int64_t tiles;
+    static constexpr int columns = kColumns;
+
+    Strips(const UnitArgs& args, int first)
+        : tiles((args.columns + kChunk - 1) / kChunk * kTilesOfChunk),
+          args_(args),
+          first_(first),
+          table_(*args.exponents),
+          buffers_(args.scratch) {
+      for (int s = 0; s < kStrips; ++s) stream_[s] = args.strip[first + s];
+    }
+
+    int64_t column(int64_t i) const { return i * kColumns; }
+    const uint8_t* tile(int s, int64_t i, int buffer) const { return buffers_.tile(s, i, buffer); }
+    int64_t bytes() const { return decoded_; }
+    const uint8_t* next(int s) const { return stream_[s]; }
+
+    int64_t segment_end(int64_t i) const {
+      const int64_t group = args_.group_columns > 0 && args_.group_columns < kFlushColumns
+                                ? args_.group_columns
+                                : kFlushColumns;
+      const int64_t end = (i * kColumns / group + 1) * group / kColumns;
+      return end < tiles ? end : tiles;
+    }
+    const float* scales(int s, int64_t i) const {
+      const int64_t group = args_.group_columns > 0 ? i * kColumns / args_.group_columns : 0;
+      return args_.scales + (first_ + s) * args_.strip_scales + group * kStripRows;
+    }
+
+    void start(int64_t i, int64_t end, int buffer) {
+      buffers_.begin(buffer, i);
+      slices_ = (end - i) / kTilesOfChunk * kSlices;
+      tile_ = i;
+      buffer_ = buffer;
+      from_ = stream_[0];
+    }
+    int64_t slices() const { return slices_; }
+
+    // So many masks of every strip.
+    inline void slice() {
+      const uint8_t* run[kStrips];
+      uint8_t* out[kStrips];
+      each<kStrips>([&](auto s) SPARSE_BACKEND_INLINE {
+        if (mask_ == 0) {
+          run_[s] = stream_[s] + kMaskBytes;
+          prefetch(stream_[s], kPrefetchBytes);
+          prefetch(stream_[s] + 64, kPrefetchBytes);
+        }
+        run[s] = run_[s];
+        out[s] = buffers_.tile(s, tile_, buffer_) + mask_ * kOperands * tiles::kRowBytes;
+      });
+      // A line for as many masks as take about one where half of the weights are zero.
+      constexpr int64_t kFull = unstructured::run_bytes(kKind, kChunkWeights / kMasks);
+      constexpr int kMasksOfLine = kFull > 64 ? 1 : 128 / kFull;
+#pragma GCC unroll 8
+      for (int m = 0; m < kSliceMasks; ++m) {
+        each<kStrips>([&](auto s) SPARSE_BACKEND_INLINE {
+          if (m % kMasksOfLine == 0) prefetch(run[s], kPrefetchBytes);
+          __m512i w[kOperands];
+          if constexpr (kX == Activations::kBf16) {
+            next_pairs<kKind>(stream_[s], mask_ + m, run[s], table_, w);
+          } else {
+            w[0] = next_bytes<kKind>(stream_[s], mask_ + m, run[s], table_);
+          }
+          each<kOperands>([&](auto o) SPARSE_BACKEND_INLINE {
+            _mm512_store_si512(out[s] + (m * kOperands + o) * tiles::kRowBytes, w[o]);
+          });
+        });
+      }
+      mask_ += kSliceMasks;
+      const bool last = mask_ == kMasks;
+      each<kStrips>([&](auto s) SPARSE_BACKEND_INLINE { (last ? stream_ : run_)[s] = run[s]; });
+      if (!last) return;
+      mask_ = 0;
+      tile_ += kTilesOfChunk;
+      decoded_ = stream_[0] - from_;
+    }
+
+   private:
+    static constexpr int kMasks = kChunk / mask_columns(kKind);
+    static constexpr int kOperands = kX == Activations::kBf16 ? mask_columns(kKind) / 2 : 1;
+    static constexpr int kSliceMasks = kMasks < 8 ? kMasks : 8, kSlices = kMasks / kSliceMasks;
+    static constexpr int kMost = kStrips == 4 ? kSmall : kLarge;
+
+    const UnitArgs& args_;
+    int first_;
+    const CodeTable<kKind> table_;
+    amx::Buffers<kStrips, kMost> buffers_;
+    const uint8_t* stream_[kStrips];
+    const uint8_t* run_[kStrips];
+    const uint8_t* from_ = nullptr;
+    int64_t slices_ = 0, tile_ = 0, decoded_ = 0;
+    int mask_ = 0, buffer_ = 0;
+
+   public:
+    static constexpr int64_t kScratch = amx::Buffers<kStrips, kMost>::kScratch;
+  };
+};
+
+template <class P>
+void run(const UnitArgs& args) {
+  amx::run_unit<P>(args, [](int, int) { return true; });
+}
+
+template <Values kKind, Activations kX>
+constexpr Kernels make() {
+  using P = Policy<kKind, kX>;
+  using Four = typename P::template Strips<4>;
+  using Two = typename P::template Strips<2>;
+  return amx::make_kernels<P>(run<P>, Four::kScratch > Two::kScratch ? Four::kScratch : Two::kScratch);
+}
+
+}  // namespace
+
+const Kernels& amx_kernels(Values values) {
+  static constexpr Kernels plain = make<Values::kBf16, Activations::kBf16>(),
+                           coded = make<Values::kBf16x12, Activations::kBf16>(),
+                           int8 = make<Values::kInt8, Activations::kWords>(),
+                           int4 = make<Values::kInt4, Activations::kWords>();
+  switch (values) {
+    case Values::kBf16:
+      return plain;
+    case Values::kBf16x12:
+      return coded;
+    case Values::kInt8:
+      return int8;
+    default:
+      return int4;
+  }
+}
+
+const Kernels& amx_byte_kernels(Values values) {
+  static constexpr Kernels int8 = make<Values::kInt8, Activations::kBytes>(),
+                           int4 = make<Values::kInt4, Activations::kBytes>();
+  return values == Values::kInt8 ? int8 : int4;
+}
+
+}  // namespace sparse_backend::bitmask
