@@ -65,6 +65,9 @@ struct Policy {
 
     // So many masks of every strip.
     inline void slice() {
+      // Copies: members would be read again after every store, which may have changed them.
+      const CodeTable<kKind> table = table_;
+      const uint8_t* masks[kStrips];
       const uint8_t* run[kStrips];
       uint8_t* out[kStrips];
       each<kStrips>([&](auto s) SPARSE_BACKEND_INLINE {
@@ -73,6 +76,7 @@ struct Policy {
           prefetch(stream_[s], kPrefetchBytes);
           prefetch(stream_[s] + 64, kPrefetchBytes);
         }
+        masks[s] = stream_[s] + mask_ * (kMaskBytes / kMasks);
         run[s] = run_[s];
         out[s] = buffers_.tile(s, tile_, buffer_) + mask_ * kOperands * tiles::kRowBytes;
       });
@@ -85,9 +89,9 @@ struct Policy {
           if (m % kMasksOfLine == 0) prefetch(run[s], kPrefetchBytes);
           __m512i w[kOperands];
           if constexpr (kX == Activations::kBf16) {
-            next_pairs<kKind>(stream_[s], mask_ + m, run[s], table_, w);
+            next_pairs<kKind>(masks[s], m, run[s], table, w);
           } else {
-            w[0] = next_bytes<kKind>(stream_[s], mask_ + m, run[s], table_);
+            w[0] = next_bytes<kKind>(masks[s], m, run[s], table);
           }
           each<kOperands>([&](auto o) SPARSE_BACKEND_INLINE {
             _mm512_store_si512(out[s] + (m * kOperands + o) * tiles::kRowBytes, w[o]);

@@ -48,8 +48,8 @@ inline __m512i expand_bytes(uint64_t mask, __m512i packed) {
 // values are expanded as bytes, low and high ones apart: decoding a chunk's runs to words first, and
 // expanding those, took half as long again (17408 x 5120, 75% zeros, one thread of Zen 5: 2.6 ms).
 template <Values kValues>
-inline void next_pairs(const uint8_t* masks, int i, const uint8_t*& run, const CodeTable<kValues>& table,
-                       __m512i out[]) {
+[[gnu::always_inline]] inline void next_pairs(const uint8_t* masks, int i, const uint8_t*& run,
+                                              const CodeTable<kValues>& table, __m512i out[]) {
   if constexpr (kValues == Values::kBf16x12) {
     uint64_t mask;
     std::memcpy(&mask, masks + 8 * i, sizeof(mask));
@@ -70,7 +70,8 @@ inline void next_pairs(const uint8_t* masks, int i, const uint8_t*& run, const C
 
 // Mask i and its run as 16 rows x 4 columns of int8.
 template <Values kValues>
-inline __m512i next_bytes(const uint8_t* masks, int i, const uint8_t*& run, const CodeTable<kValues>& table) {
+[[gnu::always_inline]] inline __m512i next_bytes(const uint8_t* masks, int i, const uint8_t*& run,
+                                                 const CodeTable<kValues>& table) {
   uint64_t mask;
   std::memcpy(&mask, masks + 8 * i, sizeof(mask));
   const __m512i packed = kValues == Values::kInt4 ? table.look_up(run) : _mm512_loadu_si512(run);

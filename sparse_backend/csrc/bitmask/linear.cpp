@@ -8,12 +8,7 @@ namespace {
 constexpr unstructured::Levels<Kernels> kLevels{
     scalar_kernels,
 #if defined(__x86_64__)
-    avx2_kernels,
-    avx512_kernels,
-    avx512_bf16_kernels,
-    avx512_byte_kernels,
-    amx_kernels,
-    amx_byte_kernels,
+    avx2_kernels,   avx512_kernels, avx512_bf16_kernels, avx512_byte_kernels, amx_kernels, amx_byte_kernels,
 #endif
 };
 

@@ -33,7 +33,7 @@ struct Decoder {
   const WordTable<kKind> table;
   explicit Decoder(const ExponentTable& exponents) : table(exponents) {}
 
-  inline void block(const uint8_t* run, uint8_t* out) const {
+  [[gnu::always_inline]] inline void block(const uint8_t* run, uint8_t* out) const {
     if constexpr (kKind == Values::kBf16x12) {
       each<4>([&](auto step) SPARSE_BACKEND_INLINE {
         __m512i words[2];
@@ -145,6 +145,7 @@ struct Policy {
       for (int n = kMostBlocks; n > 1; n /= 2) {
         const int64_t group = args_.group_columns;
         bool fits = group == 0 || group % (n * kBlockColumns) == 0;
+        if (fits && list_.block[list_.count - 1] == list_.count - 1) return n;  // all are stored
         for (int b = 0; fits && b < list_.count; b += n) {
           fits = list_.block[b] % n == 0;
           const int last = b + n < list_.count ? b + n : list_.count;
@@ -168,10 +169,17 @@ struct Policy {
       ask(i);
       const int64_t first = i * blocks_, left = list_.count - first;
       const int64_t count = left < blocks_ ? left : blocks_;
+      // Copies: members would be read again after every store, which may have changed them.
+      const Decoder<kKind> decoder = decoder_;
+      const uint8_t* run[kStrips];
+      uint8_t* out[kStrips];
+      each<kStrips>([&](auto s) SPARSE_BACKEND_INLINE {
+        run[s] = runs_[s] + first * kRun<kKind>;
+        out[s] = buffers_.tile(s, i, buffer);
+      });
       for (int64_t b = 0; b < count; ++b) {
         each<kStrips>([&](auto s) SPARSE_BACKEND_INLINE {
-          decoder_.block(runs_[s] + (first + b) * kRun<kKind>,
-                         buffers_.tile(s, i, buffer) + b * Decoder<kKind>::kDecoded);
+          decoder.block(run[s] + b * kRun<kKind>, out[s] + b * Decoder<kKind>::kDecoded);
         });
       }
       for (int s = 0; count < blocks_ && s < kStrips; ++s) {
