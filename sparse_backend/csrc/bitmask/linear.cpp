@@ -14,10 +14,12 @@ constexpr unstructured::Levels<Kernels> kLevels{
 
 }  // namespace
 
-const char* kernel_name(Values values, DType x_type) { return select(kLevels, values, x_type, false).name; }
+const char* kernel_name(Values values, DType x_type) {
+  return select(kLevels, values, x_type, false, unstructured::kMany).name;
+}
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
-  strips_linear(select(kLevels, w.header, args.x_type), w, args, pool);
+  strips_linear(select(kLevels, w.header, args), w, args, pool);
 }
 
 }  // namespace sparse_backend::bitmask

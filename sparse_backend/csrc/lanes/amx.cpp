@@ -36,6 +36,7 @@ struct Decoder {
   [[gnu::always_inline]] inline void block(const uint8_t* run, uint8_t* out) const {
     if constexpr (kKind == Values::kBf16x12) {
       each<4>([&](auto step) SPARSE_BACKEND_INLINE {
+        ask<step, 4>(run);
         __m512i words[2];
         table.template words<step>(run, words);
         store(out, 2 * step, words[0]);
@@ -45,11 +46,13 @@ struct Decoder {
       // 16 rows of two columns, 16 rows of the next two: a row's four side by side.
       const __m512i pairs = _mm512_load_si512(kPairs.word);
       each<4>([&](auto row) SPARSE_BACKEND_INLINE {
+        ask<row, 4>(run);
         store(out, row, _mm512_permutexvar_epi16(pairs, _mm512_loadu_si512(run + 64 * row)));
       });
     } else if constexpr (kKind == Values::kInt4) {
       // A row's eight columns are the low halves of four bytes, then the high ones: place_of().
       each<2>([&](auto line) SPARSE_BACKEND_INLINE {
+        ask<line, 2>(run);
         const __m512i both = _mm512_loadu_si512(run + 64 * line), codes = table.exponents.codes;
         store(out, 2 * line, _mm512_permutexvar_epi8(both, codes));
         store(out, 2 * line + 1, _mm512_permutexvar_epi8(_mm512_srli_epi16(both, 4), codes));
@@ -60,6 +63,14 @@ struct Decoder {
   }
 
  private:
+  // Asks for a step's share of what a block takes, further on: a burst would wait for itself.
+  template <int kStep, int kSteps>
+  static inline void ask(const uint8_t* run) {
+    constexpr int64_t kFirst = (kStep * kRun<kKind> / kSteps + 63) / 64;
+    constexpr int64_t kEnd = ((kStep + 1) * kRun<kKind> / kSteps + 63) / 64;
+#pragma GCC unroll 4
+    for (int64_t line = kFirst; line < kEnd; ++line) prefetch(run, kPrefetchBytes + 64 * line);
+  }
   static inline void store(uint8_t* out, int row, __m512i v) {
     _mm512_store_si512(out + row * tiles::kRowBytes, v);
   }
@@ -69,7 +80,7 @@ template <Values kKind, Activations kX>
 struct Policy {
   static constexpr Activations kActivations = kX;
   static constexpr int kMostBlocks = amx::unit_columns(kX) / kBlockColumns;  // of a tile
-  static constexpr int kSmall = kX == Activations::kBf16 ? 4 : 2;
+  static constexpr int kSmall = kX == Activations::kBf16 ? 1 : 2;
   static constexpr int kLarge = kX == Activations::kBf16 ? 8 : kFlushBlocks;
   static constexpr int place_of(int column) {
     if (kKind != Values::kInt4) return column;
@@ -137,8 +148,6 @@ struct Policy {
     }
 
    private:
-    static constexpr int64_t kAhead = 2048;
-
     // The most whose groups all start at a multiple of so many and go on without gaps, but for the last of a
     // weight with a part of a tile too many.
     int blocks_of_a_tile() const {
@@ -161,12 +170,12 @@ struct Policy {
     inline void ask(int64_t i) const {
       const int64_t bytes = blocks_ * kRun<kKind>;
       for (int64_t line = 0; line < bytes; line += 64) {
-        each<kStrips>([&](auto s) SPARSE_BACKEND_INLINE { prefetch(runs_[s] + i * bytes, kAhead + line); });
+        each<kStrips>([&](auto s)
+                          SPARSE_BACKEND_INLINE { prefetch(runs_[s] + i * bytes, kPrefetchBytes + line); });
       }
     }
 
     inline void decode_tile(int64_t i, int buffer) {
-      ask(i);
       const int64_t first = i * blocks_, left = list_.count - first;
       const int64_t count = left < blocks_ ? left : blocks_;
       // Copies: members would be read again after every store, which may have changed them.

@@ -8,21 +8,20 @@ namespace {
 constexpr unstructured::Levels<Kernels> kLevels{
     scalar_kernels,
 #if defined(__x86_64__)
-    avx2_kernels,
-    avx512_kernels,
-    avx512_bf16_kernels,
+    avx2_kernels,   avx512_kernels,   avx512_bf16_kernels,
     nullptr,  // avx512_kernels take int8 activations as words
-    amx_kernels,
-    amx_byte_kernels,
+    amx_kernels,    amx_byte_kernels,
 #endif
 };
 
 }  // namespace
 
-const char* kernel_name(Values values, DType x_type) { return select(kLevels, values, x_type, false).name; }
+const char* kernel_name(Values values, DType x_type) {
+  return select(kLevels, values, x_type, false, unstructured::kMany).name;
+}
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
-  strips_linear(select(kLevels, w.header, args.x_type), w, args, pool);
+  strips_linear(select(kLevels, w.header, args), w, args, pool);
 }
 
 }  // namespace sparse_backend::lanes

@@ -145,10 +145,12 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
 
 }  // namespace
 
-const char* kernel_name(Values values, DType x_type) { return select(kLevels, values, x_type, false).name; }
+const char* kernel_name(Values values, DType x_type) {
+  return select(kLevels, values, x_type, false, unstructured::kMany).name;
+}
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
-  linear_with(select(kLevels, w.header, args.x_type), w, args, pool);
+  linear_with(select(kLevels, w.header, args), w, args, pool);
 }
 
 void linear_with(const Kernels& kernels, const unstructured::View& w, const unstructured::LinearArgs& args,

@@ -18,7 +18,7 @@
 //   of integers: place_of(c)   where in a tile column c stands
 //
 // Sums of bf16 are rounded in another order than by vdpbf16ps, so one token runs here as well as hundreds: a
-// row's result does not depend on the batch. It costs nothing: memory takes longer than the tiles. Integers
+// row's result does not depend on the batch. Memory takes longer than the tiles. Integers
 // are exact. 16-bit activations are split into two bytes, multiplied apart: the high one signed, the
 // low one not.
 //

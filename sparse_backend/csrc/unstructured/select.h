@@ -2,7 +2,7 @@
 #pragma once
 
 #include "../cpu_features.h"
-#include "buffer.h"
+#include "linear.h"
 
 namespace sparse_backend::unstructured {
 
@@ -19,20 +19,31 @@ struct Levels {
   Table amx_bytes = nullptr;     // integer values, int8 activations
 };
 
-// What a weight is multiplied by: `int8` of integer values whose activations have 8 bits.
 template <class Kernels>
-const Kernels& select(const Levels<Kernels>& levels, Values values, DType x_type, bool int8) {
+const Kernels& at_avx512(const Levels<Kernels>& levels, Values values, bool bf16, bool int8) {
+  if (int8 && levels.avx512_bytes != nullptr) return levels.avx512_bytes(values);
+  if (bf16 && cpu_features().avx512_bf16) return levels.avx512_bf16(values);
+  return levels.avx512(values);
+}
+
+// Up to so many tokens integers are faster without tiles, where every group of scales has to wait for one.
+constexpr int64_t kTokensWithoutTiles = 4;
+
+// What `tokens` tokens are multiplied by; `int8`: integer values whose activations have 8 bits. Integers have
+// the same sums with tiles and without; those of floats are rounded in another order, so that all tokens take
+// the same way.
+template <class Kernels>
+const Kernels& select(const Levels<Kernels>& levels, Values values, DType x_type, bool int8, int64_t tokens) {
 #if defined(__x86_64__)
   const bool bf16 = (values == Values::kBf16 || values == Values::kBf16x12) && x_type == DType::kBf16;
   switch (active_isa()) {
     case Isa::kAmx:
+      if (is_integer(values) && tokens <= kTokensWithoutTiles) return at_avx512(levels, values, bf16, int8);
       if (int8 && levels.amx_bytes != nullptr) return levels.amx_bytes(values);
       if ((bf16 || is_integer(values)) && levels.amx != nullptr) return levels.amx(values);
       [[fallthrough]];
     case Isa::kAvx512:
-      if (int8 && levels.avx512_bytes != nullptr) return levels.avx512_bytes(values);
-      if (bf16 && cpu_features().avx512_bf16) return levels.avx512_bf16(values);
-      return levels.avx512(values);
+      return at_avx512(levels, values, bf16, int8);
     case Isa::kAvx2:
       return levels.avx2(values);
     case Isa::kScalar:
@@ -41,12 +52,17 @@ const Kernels& select(const Levels<Kernels>& levels, Values values, DType x_type
 #endif
   (void)x_type;
   (void)int8;
+  (void)tokens;
   return levels.scalar(values);
 }
 
+// Tokens of a large batch, whose kernels stand for a level by name.
+constexpr int64_t kMany = 64;
+
 template <class Kernels>
-const Kernels& select(const Levels<Kernels>& levels, const Header& weight, DType x_type) {
-  return select(levels, weight.values, x_type, is_integer(weight.values) && weight.activation_bits == 8);
+const Kernels& select(const Levels<Kernels>& levels, const Header& weight, const LinearArgs& args) {
+  const bool int8 = is_integer(weight.values) && weight.activation_bits == 8;
+  return select(levels, weight.values, args.x_type, int8, args.tokens);
 }
 
 }  // namespace sparse_backend::unstructured
