@@ -22,6 +22,10 @@ struct Policy {
                        kLarge = kX == Activations::kBf16 ? 8 : kFlushColumns / kColumns;
   static constexpr int place_of(int column) { return column; }
 
+  static void run(const UnitArgs& args) {
+    amx::run_unit<Policy>(args, [](int, int) { return true; });
+  }
+
   template <int kStrips>
   class Strips {
    public:
@@ -128,42 +132,9 @@ struct Policy {
   };
 };
 
-template <class P>
-void run(const UnitArgs& args) {
-  amx::run_unit<P>(args, [](int, int) { return true; });
-}
-
-template <Values kKind, Activations kX>
-constexpr Kernels make() {
-  using P = Policy<kKind, kX>;
-  using Four = typename P::template Strips<4>;
-  using Two = typename P::template Strips<2>;
-  return amx::make_kernels<P>(run<P>, Four::kScratch > Two::kScratch ? Four::kScratch : Two::kScratch);
-}
-
 }  // namespace
 
-const Kernels& amx_kernels(Values values) {
-  static constexpr Kernels plain = make<Values::kBf16, Activations::kBf16>(),
-                           coded = make<Values::kBf16x12, Activations::kBf16>(),
-                           int8 = make<Values::kInt8, Activations::kWords>(),
-                           int4 = make<Values::kInt4, Activations::kWords>();
-  switch (values) {
-    case Values::kBf16:
-      return plain;
-    case Values::kBf16x12:
-      return coded;
-    case Values::kInt8:
-      return int8;
-    default:
-      return int4;
-  }
-}
-
-const Kernels& amx_byte_kernels(Values values) {
-  static constexpr Kernels int8 = make<Values::kInt8, Activations::kBytes>(),
-                           int4 = make<Values::kInt4, Activations::kBytes>();
-  return values == Values::kInt8 ? int8 : int4;
-}
+const Kernels& amx_kernels(Values values) { return amx::kernel_table<Policy>(values); }
+const Kernels& amx_byte_kernels(Values values) { return amx::byte_kernel_table<Policy>(values); }
 
 }  // namespace sparse_backend::bitmask

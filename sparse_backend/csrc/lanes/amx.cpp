@@ -89,6 +89,25 @@ struct Policy {
     return column / 8 * 8 + half * 4 + c % 2 * 2 + c / 4;
   }
 
+  static void run(const UnitArgs& args) {
+    // Runs of strips that store something.
+    UnitArgs some = args;
+    for (int s = 0; s < args.strips;) {
+      some.out = args.out + s * int64_t{args.tokens} * kStripRows;
+      some.scales = args.scales + s * args.strip_scales;
+      some.strips = 0;
+      for (; s < args.strips && args.strip[s] != nullptr; ++s) some.strip[some.strips++] = args.strip[s];
+      if (some.strips > 0) {
+        amx::run_unit<Policy>(some, [&](int first, int count) { return same_blocks(some, first, count); });
+      }
+      if (s < args.strips) {  // stores nothing
+        std::memset(args.out + s * int64_t{args.tokens} * kStripRows, 0,
+                    args.tokens * kStripRows * sizeof(float));
+        ++s;
+      }
+    }
+  }
+
   template <int kStrips>
   class Strips {
    public:
@@ -214,57 +233,9 @@ struct Policy {
   };
 };
 
-template <class P>
-void run(const UnitArgs& args) {
-  // Runs of strips that store something.
-  UnitArgs some = args;
-  for (int s = 0; s < args.strips;) {
-    some.out = args.out + s * int64_t{args.tokens} * kStripRows;
-    some.scales = args.scales + s * args.strip_scales;
-    some.strips = 0;
-    for (; s < args.strips && args.strip[s] != nullptr; ++s) some.strip[some.strips++] = args.strip[s];
-    if (some.strips > 0) {
-      amx::run_unit<P>(some, [&](int first, int count) { return same_blocks(some, first, count); });
-    }
-    if (s < args.strips) {  // stores nothing
-      std::memset(args.out + s * int64_t{args.tokens} * kStripRows, 0,
-                  args.tokens * kStripRows * sizeof(float));
-      ++s;
-    }
-  }
-}
-
-template <Values kKind, Activations kX>
-constexpr Kernels make() {
-  using P = Policy<kKind, kX>;
-  using Four = typename P::template Strips<4>;
-  using Two = typename P::template Strips<2>;
-  return amx::make_kernels<P>(run<P>, Four::kScratch > Two::kScratch ? Four::kScratch : Two::kScratch);
-}
-
 }  // namespace
 
-const Kernels& amx_kernels(Values values) {
-  static constexpr Kernels plain = make<Values::kBf16, Activations::kBf16>(),
-                           coded = make<Values::kBf16x12, Activations::kBf16>(),
-                           int8 = make<Values::kInt8, Activations::kWords>(),
-                           int4 = make<Values::kInt4, Activations::kWords>();
-  switch (values) {
-    case Values::kBf16:
-      return plain;
-    case Values::kBf16x12:
-      return coded;
-    case Values::kInt8:
-      return int8;
-    default:
-      return int4;
-  }
-}
-
-const Kernels& amx_byte_kernels(Values values) {
-  static constexpr Kernels int8 = make<Values::kInt8, Activations::kBytes>(),
-                           int4 = make<Values::kInt4, Activations::kBytes>();
-  return values == Values::kInt8 ? int8 : int4;
-}
+const Kernels& amx_kernels(Values values) { return amx::kernel_table<Policy>(values); }
+const Kernels& amx_byte_kernels(Values values) { return amx::byte_kernel_table<Policy>(values); }
 
 }  // namespace sparse_backend::lanes
