@@ -2,7 +2,7 @@
 // files of the level `amx`; where that runs, the operating system has been asked for tile state
 // (cpu_features.cpp).
 //
-// C += A B with A of up to 16 rows of 64 bytes, B of as many rows as A has groups of four bytes. Sapphire
+// C += A B with A of up to 16 rows of 64 bytes, B of as many rows as A has groups of four bytes. Emerald
 // Rapids: a multiplication every 16 cycles (9 for up to 8 rows of A), a tile loaded from L1 every 8. What
 // has just been stored is not forwarded to a tile: 16 stores, a load, a multiplication take 75 cycles, and
 // 20 if the load is of what was stored four tiles before.

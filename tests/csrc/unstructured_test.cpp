@@ -233,10 +233,13 @@ std::vector<Implementation> implementations() {
                       run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
     };
-    const auto bytes = [&] {
-      bitmask(bm::avx512_byte_kernels(v));
+    const auto with_int8_activations = [&] {
       list.back().name += " int8 activations";
       list.back().int8_activations = true;
+    };
+    const auto bytes = [&] {
+      bitmask(bm::avx512_byte_kernels(v));
+      with_int8_activations();
     };
     const auto slices = [&](const sell::Kernels& kernels, bool bf16_only = false) {
       list.push_back({std::string("sell ") + kernels.name + kind,
@@ -263,11 +266,9 @@ std::vector<Implementation> implementations() {
       blocks(lanes::amx_kernels(v), !integer_values);
       if (!integer_values) return;
       bitmask(bm::amx_byte_kernels(v));
-      list.back().name += " int8 activations";
-      list.back().int8_activations = true;
+      with_int8_activations();
       blocks(lanes::amx_byte_kernels(v));
-      list.back().name += " int8 activations";
-      list.back().int8_activations = true;
+      with_int8_activations();
     };
     [[maybe_unused]] const bool integer = un::is_integer(v);
     const bool bf16 = v == Values::kBf16 || v == Values::kBf16x12;

@@ -14,9 +14,7 @@ constexpr unstructured::Levels<Kernels> kLevels{
 
 }  // namespace
 
-const char* kernel_name(Values values, DType x_type) {
-  return select(kLevels, values, x_type, false, unstructured::kMany).name;
-}
+const char* kernel_name(Values values, DType x_type) { return level_name(kLevels, values, x_type); }
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
   strips_linear(select(kLevels, w.header, args), w, args, pool);

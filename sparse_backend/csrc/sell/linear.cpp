@@ -145,9 +145,7 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
 
 }  // namespace
 
-const char* kernel_name(Values values, DType x_type) {
-  return select(kLevels, values, x_type, false, unstructured::kMany).name;
-}
+const char* kernel_name(Values values, DType x_type) { return level_name(kLevels, values, x_type); }
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
   linear_with(select(kLevels, w.header, args), w, args, pool);

@@ -56,8 +56,11 @@ const Kernels& select(const Levels<Kernels>& levels, Values values, DType x_type
   return levels.scalar(values);
 }
 
-// Tokens of a large batch, whose kernels stand for a level by name.
-constexpr int64_t kMany = 64;
+// The name of what large batches are multiplied by.
+template <class Kernels>
+const char* level_name(const Levels<Kernels>& levels, Values values, DType x_type) {
+  return select(levels, values, x_type, false, kTokensWithoutTiles + 1).name;
+}
 
 template <class Kernels>
 const Kernels& select(const Levels<Kernels>& levels, const Header& weight, const LinearArgs& args) {
