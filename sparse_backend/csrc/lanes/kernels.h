@@ -39,8 +39,8 @@ const Kernels& scalar_kernels(Values values);
 const Kernels& avx2_kernels(Values values);
 const Kernels& avx512_kernels(Values values);
 const Kernels& avx512_bf16_kernels(Values values);  // bf16 values and activations, vdpbf16ps
-const Kernels& amx_kernels(Values values);  // tiles; all but fp16, bf16 values with bf16 activations
-const Kernels& amx_byte_kernels(Values values);  // integer values and int8 activations
+const Kernels& amx_kernels(Values values);          // tiles; all but fp16, bf16 values with bf16 activations
+const Kernels& amx_byte_kernels(Values values);     // integer values and int8 activations
 #endif
 
 }  // namespace sparse_backend::lanes
