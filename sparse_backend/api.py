@@ -29,7 +29,7 @@ def pack(
     other by the absmean rule; `int8` rounds.
 
     Args:
-        weight: [N, K], bfloat16, float16 or float32, any strides, on the CPU.
+        weight: [N, K], bfloat16, float16 or float32, any strides; one on a GPU is copied, as packing runs on the CPU.
         format: name of the format.
         values: of bitmask and sell: `bf16` or `fp16`, to which other weights are rounded; `bf16x12`, bf16
             in 12 bits; `int8` or `int4`, under a scale per row or group. None keeps the weight's own dtype;
@@ -39,7 +39,7 @@ def pack(
         activations: of ternary and integer weights: `keep` or `int8` (per token, as BitNet models are trained).
 
     Returns:
-        The canonical form.
+        The canonical form, on the CPU; `linear` and `lower` bring it to a GPU, and make the machine form there.
 
     Raises:
         OptionError: unknown format or values.
@@ -52,7 +52,7 @@ def pack(
     form = get_format(format)
     if weight.dtype == torch.float32 and torch.float32 not in form.dtypes:
         raise WeightError("a float32 weight would be rounded: say values='bf16' or values='fp16'")
-    weight = weight.detach()
+    weight = weight.detach().cpu()
     if format == "ternary":  # int8 rounds as it packs
         weight = form.round(weight, options)
     return form.pack(weight, options)
@@ -122,11 +122,11 @@ class SparseLinear(torch.nn.Module):
         options = Options(values=values)
         weight = convert_values(weight, values)
         if format == "auto":
-            decision = plan.choose(weight, options)
+            decision = plan.choose(weight.cpu(), options, plan.profile_of(weight.device))
             if decision.format == "dense":
                 raise OptionError(f"format auto keeps this weight dense ({decision.reason}); name a format to force it")
             format = decision.format
-        return cls(pack(weight, format, None if format == "int8" else values).lower(), module.bias)
+        return cls(pack(weight, format, None if format == "int8" else values).lower(str(weight.device)), module.bias)
 
     def machine_weight(self) -> MachineWeight:
         """The machine form this layer runs on."""

@@ -98,20 +98,25 @@ class Code:
     loops: list[Loop]
 
 
+BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
+# Pointers to values, as Triton writes them; sell and block hold int4 in words, nm in bytes beside its positions.
+POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "int4": "*i32"}
+
+
 def nm_case(kept: int, kind: str, form: str, batch: int, masked: bool) -> Case:
-    setting = nm.LAUNCHES[form, batch]
-    slots = nm.slots_of(kept, 1 if kind == "i8" else 2)
+    setting, bits = nm.LAUNCHES[form, batch], BITS[kind]
+    slots = nm.slots_of(kept, bits)
     groups, chunks = nm.geometry(kept, slots)
     gemv = form == "gemv"
-    wide = kept != 6 or kind != "i8"
+    wide = kept != 6 or bits == 16
     side = setting.groups if gemv else nm.dot_groups(groups)
-    unroll = nm.gemv_unroll(chunks, setting) if gemv else 1
+    unroll = nm.gemv_unroll(chunks, setting, bits == 4) if gemv else 1
     constants = {
         "KEPT": kept, "SUPER": groups, "CHUNKS": chunks, "SLOTS": slots, "ROWS": common.TILE_ROWS, "GROUPS": side,
-        "UNROLL": unroll, "MASK_K": masked, "SCALED": int(kind == "i8"),
+        "UNROLL": unroll, "MASK_K": masked, "SCALED": {8: 1, 4: 128}.get(bits, 0), "JOINED": bits == 4,
     }  # fmt: skip
     x = "*fp16" if kind == "fp16" else "*bf16"
-    types = {"values": f"*{kind}", "words": "*i32", "scales": "*fp32"}
+    types = {"values": "*i8" if bits < 16 else POINTERS[kind], "words": "*i32", "scales": "*fp32"}
     types |= dict.fromkeys(("n", "k", "supers", "scale_stride"), "i32")
     name = f"nm {kept}:16 {kind} {form}{batch or ''}{' odd K' if masked else ''}"
     if form == "decompress":
@@ -120,35 +125,39 @@ def nm_case(kept: int, kind: str, form: str, batch: int, masked: bool) -> Case:
     constants |= {"bias": None, "BATCH": batch} | ({"ALIGNED": not masked} if gemv else {"SAME": True})
     rows = side * common.TILE_ROWS / (32 * setting.num_warps)
     per_thread = rows * (unroll * chunks * slots if gemv else groups * nm.GROUP)
-    budget = 0 if masked else nm.BUDGET[form, batch, kind == "i8"]
+    budget = 0 if masked else nm.BUDGET[form, batch, bits]
     kernel = nm_kernels.gemv if gemv else nm_kernels.dot
     return Case(name, kernel, types, constants, setting.num_warps, per_thread, budget, not gemv, wide)
 
 
 def nm_cases(quick: bool) -> Iterator[Case]:
     if quick:
-        yield from (nm_case(8, kind, *form, False) for kind in ("bf16", "i8") for form in (("gemv", 1), ("dot", 16)))
+        for kind in ("bf16", "int8", "int4"):
+            yield from (nm_case(8, kind, *form, False) for form in (("gemv", 1), ("dot", 16)))
         return
-    for kept, kind in ((8, "bf16"), (8, "fp16"), (8, "i8"), (6, "bf16"), (6, "i8"), (4, "bf16"), (4, "i8")):
+    for kept, kind in ((8, "bf16"), (8, "fp16"), (8, "int8"), (8, "int4"), (6, "bf16"), (6, "int8"), (6, "int4"),
+                       (4, "bf16"), (4, "int8"), (4, "int4")):  # fmt: skip
         for form, batch in nm.LAUNCHES:
             for masked in (False, True) if batch in (1, 2, 16) else (False,):
                 yield nm_case(kept, kind, form, batch, masked)
 
 
 def sell_cases(quick: bool) -> Iterator[Case]:
-    for kind in ("bf16",) if quick else ("bf16", "fp16", "i8"):
-        slots = 16 if kind == "i8" else 8
-        constants = {"SLOTS": slots, "ROWS": common.TILE_ROWS, "SCALED": kind == "i8"}
+    kinds = (("bf16", 0), ("fp16", 0), ("int8", 1), ("int8", 128), ("int4", 1), ("int4", 128))
+    for kind, scaled in kinds[:1] if quick else kinds:
+        bits = BITS[kind]
+        slots = 8 if bits == 16 else 16
+        constants = {"SLOTS": slots, "ROWS": common.TILE_ROWS, "SCALED": scaled}
         x = "fp16" if kind == "fp16" else "bf16"
         weights = {
-            "values": f"*{kind}", "positions": "*u8", "starts": "*i32", "offsets": "*i32", "rows": "*i32",
+            "values": POINTERS[kind], "positions": "*u8", "starts": "*i32", "offsets": "*i32", "rows": "*i32",
             "scales": "*fp32",
         }  # fmt: skip
         integers = dict.fromkeys(("m", "n", "x_stride", "parts", "lines"), "i32")
         for (form, batch), setting in sell.LAUNCHES.items():
             if quick and (form, batch) != ("gemv", 1):
                 continue
-            name = f"sell {kind} {form}{batch or ''}"
+            name = f"sell {kind}{f' groups of {scaled}' if scaled > 1 else ''} {form}{batch or ''}"
             if form == "decompress":
                 dense = {"dense": f"*{x}", **weights, "k": "i32", "parts": "i32", "lines": "i32"}
                 yield Case(name, sell_kernels.decompress, dense, constants, setting.num_warps)
@@ -157,7 +166,7 @@ def sell_cases(quick: bool) -> Iterator[Case]:
             fixed = {**constants, "BATCH": batch, "UNROLL": setting.unroll, "bias": None}
             types = {"x": f"*{x}", **weights, "out": "*fp32", **integers}
             kernel = sell_kernels.gemv if form == "gemv" else sell_kernels.batched
-            budget = sell.BUDGET[form, batch, kind == "i8"]
+            budget = sell.BUDGET[form, batch, bits] + (sell.SCALES_OF_GROUPS[form] if scaled > 1 else 0)
             yield Case(name, kernel, types, fixed, setting.num_warps, stored, budget, form != "gemv", form == "gemv")
 
 
@@ -205,30 +214,31 @@ def ternary_cases(quick: bool) -> Iterator[Case]:
 
 
 def block_cases(quick: bool) -> Iterator[Case]:
-    for kind in ("bf16",) if quick else ("bf16", "i8"):
-        weights = {"values": f"*{kind}", "columns": "*i32", "offsets": "*i32", "scales": "*fp32"}
+    for kind in ("bf16",) if quick else ("bf16", "int8", "int4"):
+        weights = {"values": POINTERS[kind], "columns": "*i32", "offsets": "*i32", "scales": "*fp32"}
         integers = dict.fromkeys(("m", "n", "k", "x_stride", "scale_stride"), "i32")
         for (form, batch), setting in block.LAUNCHES.items():
             if quick and (form, batch) not in (("gemv", 1), ("dot", 16)):
                 continue
-            constants = {"STEP": setting.groups, "SCALED": int(kind == "i8")}
+            constants = {"STEP": setting.groups, "SCALED": int(BITS[kind] < 16)}
             name = f"block {kind} {form}{batch or ''}"
+            wide = kind != "int4"
             if form == "decompress":
                 types = {"dense": "*bf16", **weights, "n": "i32", "k": "i32", "scale_stride": "i32"}
-                yield Case(name, block_kernels.decompress, types, constants, setting.num_warps)
+                yield Case(name, block_kernels.decompress, types, constants, setting.num_warps, wide=wide)
                 continue
             constants |= {"BATCH": batch, "MASK_K": False, "bias": None}
             types = {"x": "*bf16", **weights, "out": "*fp32", **integers}
             per_thread = setting.groups * setting.unroll * 256 / (32 * setting.num_warps)
             if form == "gemv":
-                constants |= {"SLOTS": 16 if kind == "i8" else 8, "UNROLL": setting.unroll}
+                constants |= {"SLOTS": 16 if kind == "int8" else 8, "UNROLL": setting.unroll}
                 budget = block.BUDGET[form, batch]
                 yield Case(
-                    name, block_kernels.gemv, types, constants, setting.num_warps, per_thread, budget, barriers=False
+                    name, block_kernels.gemv, types, constants, setting.num_warps, per_thread, budget, False, wide
                 )
             else:
                 constants["SAME"] = True
-                yield Case(name, block_kernels.dot, types, constants, setting.num_warps, per_thread)
+                yield Case(name, block_kernels.dot, types, constants, setting.num_warps, per_thread, wide=wide)
 
 
 def cases(quick: bool) -> list[Case]:

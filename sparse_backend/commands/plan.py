@@ -134,7 +134,7 @@ def calibrate(
         table.add_column(name, justify="right")
     at = [profile.batches.index(b) for b in (1, 8, 64)]
     for name, k in profile.kernels.items():
-        rates = [f"{(k.position[i] + k.stored[i]) * 1e12:,.0f}" for i in at]
+        rates = [f"{k.per_position(1.0)[i] * 1e12:,.0f}" for i in at]
         table.add_row(name, *rates, f"{k.exponent[0]:.1f}")
     out.print(
         "picoseconds per weight, all of them stored, from the cache; memory: of the shorter of both times at 1 token"

@@ -1,7 +1,7 @@
 """Measures a Profile: seconds, once per machine, thread count and build of the kernels; then cached.
 
-Every kernel multiplies by two weights of different density that stay in the last-level cache (so: instructions), and
-by one of them after something else has filled the cache (so: memory, and what does not overlap with it).
+Every kernel multiplies by weights of a few densities that stay in the last-level cache (so: instructions), and by
+the same after something else has filled the cache (so: memory, and what does not overlap with it).
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ _COLD_ROUNDS = 10
 # What is tried for KernelCost.exponent and scale.
 _EXPONENTS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 _SCALES = tuple(np.linspace(0.6, 1.5, 91).tolist())
+# sell is for few stored weights, where padding is what differs; of the others, time is not quite a line.
+_DENSITIES = {"bitmask": (0.2, 0.45, 0.7), "sell": (0.08, 0.2, 0.4), "block": (0.2, 0.7)}
+_LOSSLESS = ("bf16", "bf16x12")  # what plans choose between; the rest gets by with the outermost densities
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 Progress = Callable[[int, int, str], None]
@@ -241,15 +244,14 @@ class _Measured:
             # What an engine multiplies by: both are measured, and the faster one counts.
             self.products = [[(p[0], f[0])] for p, f in zip(dense_products([weight]), few, strict=True)]
         else:
-            # sell is for few stored weights, where padding is what differs.
-            if format in ("sell", "bitmask", "block"):
-                self.densities = (0.4, 0.1) if format == "sell" else (0.7, 0.2)
-            large = machine_bytes(format, values, (_MANY_ROWS, _COLUMNS), _MANY_ROWS * _COLUMNS * self.densities[0])
+            densities = _DENSITIES.get(format, (1.0,))
+            self.densities = densities if values in _LOSSLESS else densities[:: max(1, len(densities) - 1)]
+            large = machine_bytes(format, values, (_MANY_ROWS, _COLUMNS), _MANY_ROWS * _COLUMNS * self.densities[-1])
             self.rows = _MANY_ROWS if large <= _CACHED_BYTES else _ROWS
             self.products = [[(self._product(d, self.rows), self._product(d, _FEW_ROWS)) for d in self.densities]]
         self.hot = [[[math.inf] * len(BATCHES) for _ in self.densities] for _ in self.products]
-        # Per alternative, density and batch of _COLD_BATCHES: (seconds, bandwidth of that moment).
-        self.cold: list[list[dict[int, list[tuple[float, float]]]]] = [
+        # Per alternative, density and batch of _COLD_BATCHES: seconds from memory, bandwidth, and from the cache.
+        self.cold: list[list[dict[int, list[tuple[float, float, float]]]]] = [
             [{m: [] for m in _COLD_BATCHES} for _ in self.densities] for _ in self.products
         ]
         self.measure_hot()
@@ -262,14 +264,20 @@ class _Measured:
                     times[i] = min(times[i], max(_sample(partial(product, x)) - self.overhead, 1e-7))
 
     def measure_cold(self, batch: int, bandwidth: float) -> None:
-        """Time every product once, its weight in memory, which just now gives `bandwidth` bytes per second."""
+        """Time every product, its weight in memory, which just now gives `bandwidth` bytes per second, and again.
+
+        A shared machine's processor has fast and slow moments, too: what is compared is of the same.
+        """
         x = self.xs[BATCHES.index(batch)]
         for products, cold in zip(self.products, self.cold, strict=True):
             for (product, few), times in zip(products, cold, strict=True):
                 few(x)
                 start = time.perf_counter()
                 product(x)
-                times[batch].append((max(time.perf_counter() - start - self.overhead, 1e-7), bandwidth))
+                middle = time.perf_counter()
+                product(x)
+                seconds, again = middle - start - self.overhead, time.perf_counter() - middle - self.overhead
+                times[batch].append((max(seconds, 1e-7), bandwidth, max(again, 1e-7)))
 
     def _product(self, density: float, rows: int) -> Product:
         weight = _weight(density, blocks=self.format == "block")[:rows]
@@ -285,45 +293,38 @@ class _Measured:
     def fit(self) -> KernelCost:
         """The coefficients; see cost.py."""
         positions = self.rows * _COLUMNS
-        position, stored = [], []
-        for i in range(len(BATCHES)):
-            t0, t1 = (min(hot[j][i] for hot in self.hot) / positions for j in (0, -1))
-            first, last = self.densities[0], self.densities[-1]
-            slope = max(0.0, (t0 - t1) / (first - last)) if first != last else 0.0
-            position.append(max(0.0, t1 - slope * last))
-            stored.append(slope)
-        exponents, scales = zip(*(self._fit_memory(batch, position, stored) for batch in _COLD_BATCHES), strict=True)
+        compute = [
+            tuple(min(hot[d][i] for hot in self.hot) / positions for i in range(len(BATCHES)))
+            for d in range(len(self.densities))
+        ]
+        exponents, scales = zip(*map(self._fit_memory, _COLD_BATCHES), strict=True)
 
         def everywhere(points: tuple[float, ...]) -> tuple[float, ...]:
             return tuple(np.interp(BATCHES, _COLD_BATCHES, points).tolist())
 
-        return KernelCost(tuple(position), tuple(stored), everywhere(exponents), everywhere(scales))
+        return KernelCost(self.densities, tuple(compute), everywhere(exponents), everywhere(scales))
 
-    def _fit_memory(self, batch: int, position: list[float], stored: list[float]) -> tuple[float, float]:
+    def _fit_memory(self, batch: int) -> tuple[float, float]:
         """(exponent, scale) that come nearest to the times from memory."""
-        shape, i = (self.rows, _COLUMNS), BATCHES.index(batch)
         positions = self.rows * _COLUMNS
         points = []
         for d, density in enumerate(self.densities):
-            compute = positions * (position[i] + stored[i] * density)
-            read = machine_bytes(self.format, self.values, shape, positions * density)
-            typical = (
-                statistics.median_low(
-                    (seconds / (read / rate + compute), seconds, read / rate) for seconds, rate in cold[d][batch]
-                )
-                for cold in self.cold
+            read = machine_bytes(self.format, self.values, (self.rows, _COLUMNS), positions * density)
+            alternative = min(self.cold, key=lambda cold: statistics.median(seconds for seconds, *_ in cold[d][batch]))
+            _, *typical = statistics.median_low(
+                (seconds / (read / rate + hot), seconds, read / rate, hot)
+                for seconds, rate, hot in alternative[d][batch]
             )
-            _, seconds, memory = min(typical)
-            points.append((seconds, memory, compute))
+            points.append(typical)
 
         def distance(exponent: float, scale: float) -> float:
-            off = [math.log(scale * both(memory, compute, exponent) / seconds) for seconds, memory, compute in points]
+            off = [math.log(scale * both(memory, hot, exponent) / seconds) for seconds, memory, hot in points]
             return sum(o * o for o in off) + 2 * math.log(scale) ** 2  # of equals the one that needs no scale
 
         return min(((e, s) for e in _EXPONENTS for s in _SCALES), key=lambda pair: distance(*pair))
 
 
-@functools.lru_cache(maxsize=3)  # two densities beside the dense one
+@functools.lru_cache(maxsize=4)  # three densities beside the dense one
 def _weight(density: float, blocks: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (_MANY_ROWS, _COLUMNS)

@@ -96,14 +96,16 @@ def change_weight(
     return weight, what
 
 
-def pack_weight(module: str, weight: torch.Tensor, options: Options) -> tuple[PackedWeight | None, str]:
-    """Pack one weight as its options say: (packed or None for dense, reason).
+def pack_weight(
+    module: str, weight: torch.Tensor, options: Options, device: torch.device | None = None
+) -> tuple[PackedWeight | None, str]:
+    """Pack one weight as its options say: (packed or None for dense, reason). `device` as of plan.pack.
 
     Raises:
         WeightError: naming the module.
     """
     try:
         weight = convert_values(weight, options.values)
-        return plan.pack(weight, options)
+        return plan.pack(weight, options, device)
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None

@@ -2,7 +2,7 @@
 
     seconds = scale * (memory ^ exponent + compute ^ exponent) ^ (1 / exponent)
     memory  = bytes the kernel reads / measured bandwidth
-    compute = position * N * K + stored * values stored
+    compute = N * K * seconds per position, which depend on the share of values stored
 
 The coefficients of every kernel, per number of tokens, are measured on the machine (calibrate.py) and kept
 in a Profile, a small JSON file.
@@ -20,7 +20,7 @@ from typing import Any
 
 from ..errors import OptionError
 
-PROFILE_VERSION = 3
+PROFILE_VERSION = 4
 
 _SPARSE_VALUES = ("bf16", "bf16x12", "fp16", "int8", "int4")
 # (format, kind of values) of every kernel that plans choose from; `dense` is the engine's own. Ternary kernels with
@@ -89,17 +89,39 @@ class KernelCost:
     """Measured coefficients of one kernel, for the tokens of Profile.batches.
 
     Attributes:
-        position, stored: seconds per position and per stored value, of weights that stay in the cache.
+        densities: values stored / positions of the weights measured, ascending; one if nothing depends on it.
+        compute: for each of these, seconds per position of a weight that stays in the cache.
         exponent: how well memory and compute time hide each other: 1 is not at all (their sum), many is perfectly
             (the longer of them); between, they disturb each other most where they are equal.
         scale: what is left to explain: above 1 where both times together are not enough, below 1 where a product
             from memory was faster than the longer of them.
     """
 
-    position: tuple[float, ...]
-    stored: tuple[float, ...]
+    densities: tuple[float, ...]
+    compute: tuple[tuple[float, ...], ...]
     exponent: tuple[float, ...]
     scale: tuple[float, ...]
+
+    def per_position(self, density: float) -> tuple[float, ...]:
+        """Seconds per position at `density`, for the tokens of Profile.batches.
+
+        On a line between measured densities; beyond the outermost, on that of the last two, but never below 0.
+        """
+        if len(self.densities) == 1:
+            return self.compute[0]
+        i = max(1, min(bisect.bisect_left(self.densities, density), len(self.densities) - 1))
+        low, high = self.densities[i - 1], self.densities[i]
+        part = (density - low) / (high - low)
+        return tuple(max(0.0, a + (b - a) * part) for a, b in zip(self.compute[i - 1], self.compute[i], strict=True))
+
+    @classmethod
+    def of_json(cls, data: Mapping[str, Any]) -> KernelCost:
+        """Raises: KeyError, TypeError, ValueError: it is none."""
+        densities, exponent, scale = (tuple(map(float, data[key])) for key in ("densities", "exponent", "scale"))
+        compute = tuple(tuple(map(float, points)) for points in data["compute"])
+        if not densities or list(densities) != sorted(set(densities)) or len(compute) != len(densities):
+            raise ValueError("its densities do not ascend, or lack measurements")
+        return cls(densities, compute, exponent, scale)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,7 +161,7 @@ class Profile:
             return None
         positions = shape[0] * shape[1]
         stored = positions * density
-        compute = self._at(cost.position, batch) * positions + self._at(cost.stored, batch) * stored
+        compute = self._at(cost.per_position(density), batch) * positions
         memory = machine_bytes(format, values, shape, stored) / self.bandwidth
         together = both(memory, compute, self._between(cost.exponent, batch))
         return self.overhead + self._between(cost.scale, batch) * together
@@ -172,12 +194,9 @@ class Profile:
             data = json.loads(path.read_text())
             if data.pop("version") != PROFILE_VERSION:
                 raise ValueError("it is of another version")
-            kernels = {
-                name: KernelCost(*(tuple(map(float, k[field.name])) for field in dataclasses.fields(KernelCost)))
-                for name, k in data.pop("kernels").items()
-            }
+            kernels = {name: KernelCost.of_json(k) for name, k in data.pop("kernels").items()}
             profile = cls(**{**data, "batches": tuple(data["batches"]), "kernels": kernels})
-            counts = {len(points) for k in kernels.values() for points in dataclasses.astuple(k)}
+            counts = {len(points) for k in kernels.values() for points in (*k.compute, k.exponent, k.scale)}
             if (
                 len(profile.batches) < 2
                 or counts != {len(profile.batches)}

@@ -19,6 +19,7 @@ from ..options import Options
 from ..packed import PackedWeight
 from .calibrate import current_profile
 from .cost import Profile
+from .gpu_cost import GpuProfile, gpu_profile
 
 # Predictions within this share of each other are one: the smaller format is taken, and dense is left
 # only for more.
@@ -32,6 +33,7 @@ PREFILL_LIMIT = 4.0
 # Formats of one canonical form: a weight in one is a weight in the other.
 ONE_FORM = ("bitmask", "sell")
 
+AnyProfile = Profile | GpuProfile
 _DENSE_VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -93,7 +95,7 @@ def _nnz(weight: torch.Tensor) -> int:
 
 
 def predictions(
-    weight: torch.Tensor, nnz: int, options: Options, profile: Profile, formats: tuple[str, ...] = tuple(FORMATS)
+    weight: torch.Tensor, nnz: int, options: Options, profile: AnyProfile, formats: tuple[str, ...] = tuple(FORMATS)
 ) -> list[Prediction]:
     """All ways to store a weight that `options` allow, dense among them, fastest first."""
     shape = (weight.shape[0], weight.shape[1])
@@ -110,17 +112,30 @@ def predictions(
     return sorted(found, key=lambda p: p.seconds)
 
 
-def pack(weight: torch.Tensor, options: Options) -> tuple[PackedWeight | None, str]:
+def profile_of(device: torch.device) -> AnyProfile:
+    """What plans for kernels on a device go by: a CPU is measured once, a GPU's figures follow from its properties."""
+    return gpu_profile(device) if device.type == "cuda" else current_profile()
+
+
+def pack(weight: torch.Tensor, options: Options, device: torch.device | None = None) -> tuple[PackedWeight | None, str]:
     """Pack one weight as `choose` says: (packed or None for dense, reason).
 
     A format that looked as if it could hold the weight and cannot is left out, and the next one taken.
 
+    Args:
+        weight: dense [N, K], wherever it lies.
+        options: as of `choose`.
+        device: whose kernels will run it; None for where it lies.
+
     Raises:
         WeightError: NaN or Inf, or a format that was asked for cannot hold it.
     """
+    device = device or weight.device
+    weight = weight.cpu()
+    profile = profile_of(device) if options.format == "auto" and weight.numel() else None
     unfit: set[str] = set()
     while True:
-        decision = choose(weight, options, without=unfit)
+        decision = choose(weight, options, profile, without=unfit)
         try:
             return None if decision.pack is None else decision.pack(), decision.reason
         except UnfitError:
@@ -132,16 +147,16 @@ def pack(weight: torch.Tensor, options: Options) -> tuple[PackedWeight | None, s
 def choose(
     weight: torch.Tensor,
     options: Options,
-    profile: Profile | None = None,
+    profile: AnyProfile | None = None,
     explain: bool = False,
     without: Collection[str] = (),
 ) -> Decision:
     """The format for one weight.
 
     Args:
-        weight: dense [N, K], contiguous.
+        weight: dense [N, K], contiguous, on the CPU.
         options: of this module; `format` other than auto is obeyed.
-        profile: of the machine to plan for; None for this one.
+        profile: of the machine to plan for; None for this one's CPU.
         explain: predict also where a named format leaves no choice.
         without: formats that `auto` leaves out.
 
@@ -181,7 +196,7 @@ def choose(
     return Decision(best.format, f"{1 - nnz / weight.numel():.0%} zeros: {gain}", best.pack, tuple(found))
 
 
-def reconsider(packed: PackedWeight, options: Options, profile: Profile | None = None) -> PackedWeight:
+def reconsider(packed: PackedWeight, options: Options, profile: AnyProfile | None = None) -> PackedWeight:
     """A compiled weight under the format that is fastest here, of those that share its canonical form.
 
     What was compiled on another machine, or for another batch, keeps its tensors: only what they are lowered to
@@ -210,7 +225,7 @@ def reconsider(packed: PackedWeight, options: Options, profile: Profile | None =
     return PackedWeight(name, packed.shape, packed.dtype, packed.tensors, attributes)
 
 
-def _asked_for(weight: torch.Tensor, options: Options, profile: Profile | None) -> Decision:
+def _asked_for(weight: torch.Tensor, options: Options, profile: AnyProfile | None) -> Decision:
     reason = f"format {options.format} was asked for"
     found: tuple[Prediction, ...] = ()
     best = None
@@ -229,7 +244,7 @@ def _asked_for(weight: torch.Tensor, options: Options, profile: Profile | None) 
     return Decision(options.format, reason, packs or (lambda: get_format(options.format).pack(weight, options)), found)
 
 
-def _at_prefill(profile: Profile, p: Prediction, weight: torch.Tensor, nnz: int, shape: tuple[int, int]) -> float:
+def _at_prefill(profile: AnyProfile, p: Prediction, weight: torch.Tensor, nnz: int, shape: tuple[int, int]) -> float:
     values = _DENSE_VALUES.get(weight.dtype, "fp32") if p.format == "dense" else p.values
     density = nnz / weight.numel() if p.format in ("bitmask", "sell", "nm", "block") else 1.0
     return profile.seconds(p.format, values, shape, density, PREFILL_TOKENS) or float("inf")

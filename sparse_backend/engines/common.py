@@ -241,7 +241,7 @@ class Loading:
     def install(self, layer: torch.nn.Module, prefix: str, packed: PackedWeight) -> LayerKernel:
         """Put the machine form of `packed` in place of a layer's `weight`, which nobody reads any more."""
         weight = cast(torch.Tensor, layer.weight)
-        machine = packed.lower(weight.device.type)
+        machine = packed.lower(str(weight.device))
         self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
         # Only ternary models are trained for activations that all ranks round alike.
         trained_int8 = packed.format == "ternary" and packed.attributes["activations"] == "int8"
@@ -295,7 +295,7 @@ class Loading:
             packed, reason = convert.pack_weight(name, part.contiguous(), options)
             if packed is None:
                 raise WeightError(f"{name}: cannot stay dense behind its own norm ({reason})")
-            machines.append(self._exact(packed, [(name, count)]).lower())
+            machines.append(self._exact(packed, [(name, count)]).lower(str(weight.device)))
         self.report.add_packed(prefix, machines[0].format, weight.nbytes, sum(m.nbytes for m in machines))
         eps = cast(BitNet, self.bitnet).rms_norm_eps
         return NormedKernel(layer, machines, norms, cast(float, eps))

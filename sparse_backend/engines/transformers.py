@@ -1,4 +1,4 @@
-"""transformers adapter: import this, and `from_pretrained` runs compiled checkpoints on the CPU with our kernels.
+"""transformers adapter: import this, and `from_pretrained` runs compiled checkpoints with our kernels.
 
     import sparse_backend.engines.transformers
     model = AutoModelForCausalLM.from_pretrained(OUT)
@@ -7,7 +7,8 @@ Written against transformers 5.19. A compiled checkpoint needs no argument: a pr
 before weights are loaded, and buffers for its canonical form put in its place; transformers' own loader fills them,
 and then one projection after the other is checked, lowered and replaced by a SparseLinear. Plain checkpoints are
 converted weight by weight as they are read, with `quantization_config=SparseCompiledConfig(sparsity=0.5, ...)`.
-The dense model is never in memory.
+The dense model is never in memory. `device_map="cuda"` runs it on a GPU: machine forms are made there, and what has no
+kernel there is dense.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from ..api import SparseLinear
 from ..compiler import checkpoint, convert
 from ..errors import CheckpointError, OptionError, SparseBackendError, WeightError
 from ..formats import get_format
+from ..kernels import registry
 from ..options import QUANT_METHOD, Options
 from ..packed import PackedWeight
 from . import common
 
 logger = logging.getLogger(__name__)
+
+DEVICES = ("cpu", "cuda")
 
 Tensor = TypeVar("Tensor", bound=torch.Tensor)
 
@@ -73,13 +77,14 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         self.dtype = torch.bfloat16
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises OptionError for a device_map with anything but the CPU."""
+        """Raises OptionError for a device_map with anything but the CPU and GPUs."""
         devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
         for device in devices:
-            if device is not None and str(device).partition(":")[0] != "cpu":
+            known = device is None or isinstance(device, int) or str(device).partition(":")[0] in DEVICES
+            if not known:
                 raise OptionError(
-                    f"{QUANT_METHOD}: device_map names '{device}', the kernels run on the CPU; "
-                    'pass device_map="cpu" or none'
+                    f"{QUANT_METHOD}: device_map names '{device}', there are kernels for {' and '.join(DEVICES)}; "
+                    'pass device_map="cuda", "cpu" or none'
                 )
 
     def update_tp_plan(self, config: Any) -> Any:
@@ -143,43 +148,56 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
     def _settle(self, model: torch.nn.Module, path: str, name: str) -> None:
         """Make a layer of the tensors that have come."""
         module, entry = model.get_submodule(path), self.info.modules[name]
-        tensors = dict(module.get_submodule(entry.format).named_buffers())
+        placed = dict(module.get_submodule(entry.format).named_buffers())
         delattr(module, entry.format)
-        packed = checkpoint.assemble(name, entry, tensors)
+        device = self.kernel_device(next(iter(placed.values())))
+        packed = checkpoint.assemble(name, entry, {key: tensor.cpu() for key, tensor in placed.items()})
         options = self.options.for_module(name)
         try:
             if options is None or not isinstance(module, torch.nn.Linear):
                 reason = convert.IGNORED if options is None else f"{type(module).__name__} is no torch.nn.Linear"
-                self._keep_dense(module, name, packed.unpack(), reason)
+                self._keep_dense(module, name, packed.unpack(), reason, device)
+            elif not registry.has(packed.format, device.type):
+                self._keep_dense(module, name, packed.unpack(), f"no {device.type} kernel for {packed.format}", device)
             elif options.format in ("auto", packed.format):
-                self._replace(model, path, _with_activations(packed, options))
+                self._replace(model, path, _with_activations(packed, options), device)
             else:  # a load-time key: config.json names another format now
-                self._pack(model, path, name, packed.unpack(), options)
+                self._pack(model, path, name, packed.unpack(), options, device)
         except WeightError as error:
             text = f"{entry.file}: module {name} is damaged ({error}); {checkpoint.RECOMPILE}"
             raise CheckpointError(text) from None
 
-    def _replace(self, model: torch.nn.Module, path: str, packed: PackedWeight) -> None:
+    def kernel_device(self, tensor: torch.Tensor) -> torch.device:
+        """Whose kernels multiply by the weight that transformers put there."""
+        return tensor.device
+
+    def _replace(self, model: torch.nn.Module, path: str, packed: PackedWeight, device: torch.device) -> None:
         linear = model.get_submodule(path)
         assert isinstance(linear, torch.nn.Linear)
-        machine = packed.lower()
+        machine = packed.lower(str(device))
         dense_bytes = packed.shape[0] * packed.shape[1] * self.dtype.itemsize
         self.loading.report.add_packed(path, packed.format, dense_bytes, machine.nbytes)
         layer = SparseLinear(machine, linear.bias)
         layer.train(linear.training)
         model.set_submodule(path, layer)
 
-    def _pack(self, model: Any, path: str, name: str, weight: torch.Tensor, options: Options) -> None:
+    def _pack(
+        self, model: Any, path: str, name: str, weight: torch.Tensor, options: Options, device: torch.device
+    ) -> None:
         """Pack a dense weight as the options say."""
-        packed, reason = convert.pack_weight(name, weight, options)
+        packed, reason = convert.pack_weight(name, weight, options, device)
         if packed is None:
-            self._keep_dense(model.get_submodule(path), name, weight, reason)
+            self._keep_dense(model.get_submodule(path), name, weight, reason, device)
         else:
-            self._replace(model, path, packed)
+            self._replace(model, path, packed, device)
 
-    def _keep_dense(self, module: torch.nn.Module, name: str, weight: torch.Tensor, reason: str) -> None:
+    def _keep_dense(
+        self, module: torch.nn.Module, name: str, weight: torch.Tensor, reason: str, device: torch.device
+    ) -> None:
         del module.weight
-        parameter = torch.nn.Parameter(weight.to(self.dtype), requires_grad=False)
+        # Triton's interpreter multiplies on the CPU what is meant for a GPU.
+        place = device if device.type == "cpu" or torch.cuda.is_available() else weight.device
+        parameter = torch.nn.Parameter(weight.to(place, self.dtype), requires_grad=False)
         module.register_parameter("weight", _initialised(parameter))
         self.loading.report.add_dense(name, parameter.nbytes, reason)
 
@@ -191,7 +209,8 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         if not isinstance(head, torch.nn.Linear):
             return
         path = next(path for path, module in model.named_modules() if module is head)
-        self._pack(model, path, path, head.weight.detach(), Options(format=self.options.lm_head))
+        weight = head.weight.detach()
+        self._pack(model, path, path, weight, Options(format=self.options.lm_head), self.kernel_device(weight))
         self.loading.heads += 1
         self.loading.report.note("head")
         model.all_tied_weights_keys.pop(f"{path}.weight", None)
@@ -212,12 +231,13 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         """Change, pack and replace one weight of a plain checkpoint."""
         name = self.names.get(path, path)
         options = self.options.for_module(name)
+        device = self.kernel_device(weight)
         try:
             if options is None:
-                return self._keep_dense(model.get_submodule(path), name, weight, convert.IGNORED)
-            weight, what = convert.change_weight(name, weight, options)
+                return self._keep_dense(model.get_submodule(path), name, weight, convert.IGNORED, device)
+            weight, what = convert.change_weight(name, weight.cpu(), options)
             self.loading.report.note(what)
-            self._pack(model, path, name, weight, options)
+            self._pack(model, path, name, weight, options, device)
         except SparseBackendError as error:
             self.failed = self.failed or error
 

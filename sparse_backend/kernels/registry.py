@@ -169,6 +169,11 @@ def rows(device: str) -> tuple[Kernel, ...]:
     return tuple(k for k in KERNELS if k.device == device)
 
 
+def has(format: str, device: str) -> bool:
+    """Whether there is a row of a format on a torch device type."""
+    return (format, device) in _ROWS
+
+
 def kernel(format: str, device: str = "cpu") -> Kernel:
     """The row of a format on a torch device type; OptionError lists the rows there are."""
     row = _ROWS.get((format, device))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import types
 
 import pytest
 import torch
@@ -12,19 +13,26 @@ from typer.testing import CliRunner
 
 import sparse_backend as sb
 from sparse_backend.cli import app
-from sparse_backend.compiler import calibrate, cost, plan, planning
+from sparse_backend.compiler import calibrate, cost, gpu_cost, plan, planning, prune
 from sparse_backend.compiler.cost import KernelCost, Profile
+from sparse_backend.compiler.gpu_cost import GpuProfile
+from sparse_backend.kernels import registry
 
 BATCHES = (1, 8, 64)
 NOTHING, ONCE, HIDDEN = (0.0,) * 3, (1.0,) * 3, (100.0,) * 3
 
 
+def kernel_of(stored: tuple[float, ...], exponent=HIDDEN, scale=ONCE) -> KernelCost:
+    """Costs so many seconds per stored value, for 1, 8 and 64 tokens."""
+    return KernelCost((0.0, 1.0), (NOTHING, stored), exponent, scale)
+
+
 def machine(**stored: float) -> Profile:
     """Memory of 10 GB/s; kernels named `format__values` cost so many seconds per stored value and token."""
-    kernels = {"dense/bf16": KernelCost((2e-10, 16e-10, 64e-10), NOTHING, HIDDEN, ONCE)}
+    kernels = {"dense/bf16": KernelCost((1.0,), ((2e-10, 16e-10, 64e-10),), HIDDEN, ONCE)}
     for name, seconds in stored.items():
         per_batch = tuple(seconds * b for b in BATCHES)
-        kernels[name.replace("__", "/")] = KernelCost(NOTHING, per_batch, HIDDEN, ONCE)
+        kernels[name.replace("__", "/")] = kernel_of(per_batch)
     return Profile("a machine", "none", 2, 1e10, 0.0, BATCHES, kernels)
 
 
@@ -37,11 +45,20 @@ def test_seconds_are_those_of_memory_and_compute_and_how_they_hide_each_other():
     slow = machine(bitmask__bf16=1e-9)
     assert slow.seconds("bitmask", "bf16", shape, 0.5, 4) == pytest.approx(4 * 5e5 * 1e-9)  # between 1 and 8
     assert slow.seconds("bitmask", "bf16", shape, 0.5, 128) == pytest.approx(128 * 5e5 * 1e-9)  # beyond 64
-    kernel = KernelCost(NOTHING, (1e-9,) * 3, (2.0, 1.0, 1.0), (1.5, 1.0, 1.0))
+    kernel = kernel_of((1e-9,) * 3, (2.0, 1.0, 1.0), (1.5, 1.0, 1.0))
     both = Profile("m", "none", 1, 1e10, 1e-5, BATCHES, {"dense/bf16": kernel, "bitmask/bf16": kernel})
     expected = 1e-5 + 1.5 * math.hypot(5e5 * 1e-9, bytes_read / 1e10)
     assert both.seconds("bitmask", "bf16", shape, 0.5, 1) == pytest.approx(expected)
     assert both.seconds("sell", "bf16", shape, 0.5, 1) is None
+
+
+def test_between_and_beyond_the_densities_measured():
+    kernel = KernelCost((0.2, 0.4, 0.8), ((1.0, 8.0), (2.0, 4.0), (6.0, 3.0)), HIDDEN, ONCE)
+    for density, expected in (
+        (0.2, (1, 8)), (0.3, (1.5, 6)), (0.4, (2, 4)), (0.6, (4, 3.5)), (1.0, (8, 2.5)),
+        (0.1, (0.5, 10)), (0.0, (0, 12)),
+    ):  # fmt: skip
+        assert kernel.per_position(density) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5])
@@ -77,7 +94,7 @@ def test_the_fastest_is_taken_and_the_smaller_of_equals():
 def test_the_batch_decides():
     profile = machine(bitmask__bf16=4e-11, sell__bf16=1e-11)
     slow_sell = Profile(**{**vars(profile), "kernels": {
-        **profile.kernels, "sell/bf16": KernelCost(NOTHING, (1e-11, 9e-9, 9e-8), HIDDEN, ONCE)}})  # fmt: skip
+        **profile.kernels, "sell/bf16": kernel_of((1e-11, 9e-9, 9e-8))}})  # fmt: skip
     weight = sparse_weight(64, 512, 0.9)
     assert plan.choose(weight, sb.Options(batch=1), slow_sell).format != "dense"
     assert plan.choose(weight, sb.Options(batch=8), slow_sell).format == "bitmask"
@@ -85,14 +102,14 @@ def test_the_batch_decides():
 
 def test_a_format_far_slower_than_dense_in_prefill_is_not_taken():
     # A tenth of dense at batch 1, five times dense at 64.
-    kernel = KernelCost(NOTHING, (2e-11, 1e-9, 320e-10), HIDDEN, ONCE)
-    dense = KernelCost((2e-10, 16e-10, 64e-10), NOTHING, HIDDEN, ONCE)
+    kernel = kernel_of((2e-11, 1e-9, 320e-10))
+    dense = KernelCost((1.0,), ((2e-10, 16e-10, 64e-10),), HIDDEN, ONCE)
     kernels = {"dense/bf16": dense, "bf16x12/bf16x12": kernel}
     profile = Profile("m", "none", 1, 1e10, 0.0, BATCHES, kernels)
     weight = torch.randn(64, 512).bfloat16()
     assert plan.choose(weight, sb.Options(), profile).format == "dense"
     faster = Profile("m", "none", 1, 1e10, 0.0, BATCHES, {
-        **kernels, "bf16x12/bf16x12": KernelCost(NOTHING, (2e-11, 1e-9, 160e-10), HIDDEN, ONCE)})  # fmt: skip
+        **kernels, "bf16x12/bf16x12": kernel_of((2e-11, 1e-9, 160e-10))})  # fmt: skip
     assert plan.choose(weight, sb.Options(), faster).format == "bf16x12"
 
 
@@ -131,6 +148,8 @@ def test_a_profile_comes_back_as_it_was_saved(tmp_path):
 @pytest.mark.parametrize("change", [
     lambda d: d.update(version=99), lambda d: d.pop("kernels"), lambda d: d.update(bandwidth=0),
     lambda d: d["kernels"].pop("dense/bf16"), lambda d: d.update(batches=[1]), lambda d: d.update(more=1),
+    lambda d: d["kernels"]["bitmask/bf16"]["densities"].reverse(),
+    lambda d: d["kernels"]["bitmask/bf16"]["compute"].pop(),
 ])  # fmt: skip
 def test_a_file_that_is_no_profile_is_named(tmp_path, change):
     data = json.loads((ROOT / "tests" / "profile.json").read_text())
@@ -199,6 +218,40 @@ def test_planning_holds_no_weights(python_lm):
     assert all(p.chosen.format == "bf16x12" and p.runner_up is not None for p in planned)
 
 
+def a_gpu() -> GpuProfile:
+    """An H200, as torch describes it."""
+    return GpuProfile.of(types.SimpleNamespace(
+        name="NVIDIA H200", multi_processor_count=132, clock_rate=1980000, memory_clock_rate=3201000,
+        memory_bus_width=6144, major=9))  # fmt: skip
+
+
+def test_a_gpu_is_planned_for_by_what_its_kernels_read_and_issue():
+    card, shape = a_gpu(), (17408, 5120)
+    assert card.bandwidth == pytest.approx(4.9e12, rel=0.01)
+    assert card.rate / card.bandwidth == pytest.approx(6.8, rel=0.05)  # lane instructions per byte
+    dense = card.seconds("dense", "bf16", shape, 1.0, 1)
+    assert dense == pytest.approx(2 * 17408 * 5120 / card.bandwidth + card.overhead)
+    assert card.seconds("dense", "bf16", shape, 1.0, 4096) > 10 * dense
+    assert card.seconds("bf16x12", "bf16x12", shape, 1.0, 1) is None
+    for batch in (1, 2, 3, 16, 17, 64, 200):  # a larger batch never takes less time than a smaller one
+        times = [card.seconds("sell", "bf16", shape, 0.1, b) for b in (batch, batch + 1)]
+        assert times == sorted(times)
+    formats = {name.partition("/")[0] for name in gpu_cost.KERNELS}
+    assert formats == {row.format for row in registry.rows("cuda")}
+
+
+def test_a_gpu_gets_formats_that_have_kernels_there():
+    dense = torch.randn(64, 512).bfloat16()
+    assert plan.choose(dense, sb.Options(), a_gpu()).format == "dense"
+    large = sparse_weight(1024, 4096, 0.9)
+    assert plan.choose(large, sb.Options(), a_gpu()).format in ("sell", "bitmask")
+    pattern = prune.magnitude(torch.randn(1024, 4096).bfloat16(), 0.5, "8:16")
+    assert plan.choose(pattern, sb.Options(), a_gpu()).format == "nm"
+    assert plan.choose(pattern, sb.Options(batch=64), a_gpu()).format == "dense"  # where decoding costs more
+    ternary = torch.randint(-1, 2, (256, 1024)).bfloat16() * 0.02
+    assert plan.choose(ternary, sb.Options(), a_gpu()).format == "ternary"
+
+
 def test_this_machine_is_measured_once_and_the_file_is_used(tmp_path, monkeypatch):
     monkeypatch.delenv("SPARSE_BACKEND_PROFILE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -210,9 +263,7 @@ def test_this_machine_is_measured_once_and_the_file_is_used(tmp_path, monkeypatc
     first = Profile.load(tmp_path / "shipped.json")
     assert set(first.kernels) == {f"{f}/{v}" for f, v in cost.KERNELS}
     for name, kernel in first.kernels.items():
-        assert all(p >= 0 for p in (*kernel.position, *kernel.stored, *kernel.exponent)), name
-        assert any((*kernel.position, *kernel.stored)), name
-        assert all(s > 0 for s in kernel.scale), name
+        assert all(p > 0 for points in (*kernel.compute, kernel.exponent, kernel.scale) for p in points), name
     if first.threads == torch.get_num_threads():  # not so on a machine too busy to measure
         for _ in range(2):  # from this process's memory, then from the file
             assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) == first

@@ -249,10 +249,12 @@ def test_what_is_wrong_with_a_plain_checkpoint_is_said(pruned_50, tmp_path):
 def test_what_cannot_be_done_is_said(python_lm_50, model_50, tmp_path):
     from transformers.distributed import DistributedConfig
 
-    for device_map in ("cuda", {"": "cuda:0"}, {"model": "cpu", "lm_head": "disk"}):
-        quantizer = adapter.SparseCompiledQuantizer(adapter.SparseCompiledConfig())
-        with pytest.raises(OptionError, match="the kernels run on the CPU"):
+    quantizer = adapter.SparseCompiledQuantizer(adapter.SparseCompiledConfig())
+    for device_map in ("xpu:0", {"model": "cpu", "lm_head": "disk"}):
+        with pytest.raises(OptionError, match="there are kernels for cpu and cuda"):
             quantizer.validate_environment(device_map=device_map)
+    for device_map in (None, "cpu", "cuda", {"": 0}, {"model": "cuda:1", "lm_head": torch.device("cpu")}):
+        quantizer.validate_environment(device_map=device_map)
     assert sparse_layers(load(python_lm_50, device_map="cpu")).keys() == sparse_layers(model_50).keys()
     with pytest.raises(OptionError, match=r"device_map names 'meta'"):
         load(python_lm_50, device_map={"": "meta"})

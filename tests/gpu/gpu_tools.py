@@ -23,7 +23,7 @@ def check(packed: sb.PackedWeight, x: torch.Tensor, bias: torch.Tensor | None = 
     got = run(packed.lower("cuda"), x, bias)
     assert got.dtype == x.dtype
     assert got.shape == (*x.shape[:-1], packed.shape[0])
-    integer = packed.attributes.get("values") == "int8"
+    integer = packed.attributes.get("values") in ("int8", "int4")
     if integer:  # unpack rounds code times scale to the weight's dtype, kernels do not
         packed = exact(packed)
     expected = naive_linear(x, packed, bias)
@@ -49,7 +49,7 @@ def exact(packed: sb.PackedWeight) -> Dense:
 
     size = packed.attributes["group_size"] or max(1, packed.shape[1])
     form = get_format(packed.format)
-    codes = form._dense(packed, packed.tensors["values"]) if packed.format == "block" else form._dense_codes(packed)
+    codes = form._dense(packed, form._codes(packed)) if packed.format == "block" else form._dense_codes(packed)
     scales = packed.tensors["scales"].double().repeat_interleave(size, dim=1)
     return Dense(codes.double() * scales[:, : packed.shape[1]])
 

@@ -23,7 +23,7 @@ def test_the_interpreter_runs():
     assert common.interpreted()
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize("zeros", [0.0, 0.5, 1.0])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_the_machine_form_holds_the_weight(n, k, zeros, values):
@@ -40,7 +40,7 @@ def test_bytes_of_the_machine_form():
     assert p.lower("cuda").nbytes == stored * (512 + 4) + 4 * 17
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_every_kernel_on_every_shape(n, k, values):
     p = packed(n, k, 0.5, values)
@@ -50,7 +50,7 @@ def test_every_kernel_on_every_shape(n, k, values):
     check(p, torch.randn(3, k), torch.randn(n))
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 def test_many_tokens(values):
     p = packed(40, 140, 0.5, values)
     for tokens in (17, 64, 65):
@@ -62,6 +62,7 @@ def test_many_tokens(values):
 @pytest.mark.parametrize("tokens", [1, 2, 5, 65])
 def test_scales_of_groups(size, tokens):
     check(packed(20, 300, 0.3, "int8", size), torch.randn(tokens, 300))
+    check(packed(20, 300, 0.3, "int4", size), torch.randn(tokens, 300))
 
 
 @pytest.mark.parametrize("zeros", [0.0, 1.0])
@@ -108,8 +109,9 @@ def test_views_and_no_tokens():
 
 
 def test_what_has_no_kernel_is_refused():
-    with pytest.raises(sb.WeightError, match="no GPU kernel for values int4"):
-        packed(32, 64, values="int4").lower("cuda")
+    p = sb.pack(blocks_of_zeros(32, 64, 0.5), format="block", values="int4", activations="int8")
+    with pytest.raises(sb.WeightError, match="no GPU kernel for int8 activations"):
+        p.lower("cuda")
 
 
 def test_the_op_as_torch_compile_sees_it():

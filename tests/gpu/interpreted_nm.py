@@ -31,7 +31,7 @@ def test_the_interpreter_runs():
 
 
 @pytest.mark.parametrize("pattern", list(NM_PATTERNS))
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_the_machine_form_holds_the_weight(n, k, pattern, values):
     p = packed(n, k, pattern, values)
@@ -43,14 +43,14 @@ def test_the_machine_form_holds_the_weight(n, k, pattern, values):
 
 def test_bytes_of_the_machine_form():
     for pattern, (few, of) in NM_PATTERNS.items():
-        for values, bits in ((None, 20), ("int8", 12)):
+        for values, bits in ((None, 20), ("int8", 12), ("int4", 8)):
             stored = 256 * 2048 * few // of
-            scales = 4 * 256 if values else 0
+            scales = {None: 0, "int8": 4 * 256, "int4": 4 * 256 * 2048 // 128}[values]
             assert packed(256, 2048, pattern, values).lower("cuda").nbytes == stored * bits // 8 + scales
 
 
 @pytest.mark.parametrize("pattern", ["8:16", "6:16", "4:16"])
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_one_and_two_tokens(n, k, pattern, values):
     p = packed(n, k, pattern, values)
@@ -58,7 +58,7 @@ def test_one_and_two_tokens(n, k, pattern, values):
     check(p, torch.randn(2, k).bfloat16())
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize("pattern", ["8:16", "6:16", "4:16"])
 def test_batches_on_tensor_cores_and_prefill(pattern, values):
     n = 70 if pattern == "8:16" else 30
@@ -75,6 +75,7 @@ def test_batches_on_tensor_cores_and_prefill(pattern, values):
 @pytest.mark.parametrize("tokens", [1, 2, 3, 65])
 def test_scales_of_groups(size, tokens):
     check(packed(20, 300, "8:16", "int8", size), torch.randn(tokens, 300))
+    check(packed(20, 300, "8:16", "int4", size), torch.randn(tokens, 300))
 
 
 def test_scales_finer_than_a_supergroup_are_refused():

@@ -13,15 +13,15 @@ from sparse_backend.kernels.triton import common, sell
 SHAPES = [(1, 1), (5, 33), (70, 300), (3, 900)]
 
 
-def packed(n, k, zeros, form="sell", values=None, dtype=torch.bfloat16):
-    return sb.pack(sparse_weight(n, k, zeros, dtype, n + k), format=form, values=values)
+def packed(n, k, zeros, form="sell", values=None, dtype=torch.bfloat16, group_size=None):
+    return sb.pack(sparse_weight(n, k, zeros, dtype, n + k), format=form, values=values, group_size=group_size)
 
 
 def test_the_interpreter_runs():
     assert common.interpreted()
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize("zeros", [0.0, 0.5, 0.9, 0.995, 1.0])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
 def test_the_machine_form_holds_the_weight(n, k, zeros, values):
@@ -37,14 +37,14 @@ def test_the_machine_form_holds_the_weight(n, k, zeros, values):
 def test_bytes_of_the_machine_form():
     for zeros, values, bits, over in (
         (0.5, None, 24, 1.07), (0.7, None, 24, 1.1), (0.9, None, 24, 1.15),
-        (0.5, "int8", 16, 1.09), (0.9, "int8", 16, 1.2),
+        (0.5, "int8", 16, 1.09), (0.9, "int8", 16, 1.2), (0.5, "int4", 12, 1.15),
     ):  # fmt: skip
         p = packed(256, 2048, zeros, values=values)
-        stored = int((p.unpack() != 0).sum()) if values is None else p.tensors["values"].numel()
+        stored = p.tensors["values"].numel() * (2 if values == "int4" else 1)
         assert p.lower("cuda").nbytes <= over * stored * bits / 8
 
 
-@pytest.mark.parametrize("values", [None, "int8"])
+@pytest.mark.parametrize("values", [None, "int8", "int4"])
 @pytest.mark.parametrize("form", ["sell", "bitmask"])
 def test_products_of_every_bucket(form, values):
     p = packed(70, 200, 0.8, form, values)
@@ -97,10 +97,19 @@ def test_views_and_no_tokens():
     assert run(p.lower("cuda"), torch.randn(2, 0, 48)).shape == (2, 0, 20)
 
 
+@pytest.mark.parametrize("values", ["int8", "int4"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 65])
+def test_scales_of_groups(values, tokens):
+    for size, zeros in ((64, 0.5), (128, 0.9), (128, 0.997)):
+        p = packed(70, 300, zeros, "bitmask", values, group_size=size)
+        assert p.lower("cuda").tensors["scales"].shape[0] == -(-300 // size)
+        check(p, torch.randn(tokens, 300), torch.randn(70))
+
+
 def test_what_has_no_kernel_is_refused():
-    for change in ({"values": "int8", "group_size": 128}, {"values": "int4"}):
-        with pytest.raises(sb.WeightError, match="no GPU kernel"):
-            sb.pack(sparse_weight(8, 256, 0.5), format="bitmask", **change).lower("cuda")
+    p = sb.pack(sparse_weight(8, 256, 0.5), format="bitmask", values="int8", activations="int8")
+    with pytest.raises(sb.WeightError, match="no GPU kernel for int8 activations"):
+        p.lower("cuda")
 
 
 def test_the_op_as_torch_compile_sees_it():

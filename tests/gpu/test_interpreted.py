@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 
-@pytest.mark.parametrize("family", ["rows", "nm", "sell", "ternary", "block"])
+@pytest.mark.parametrize("family", ["rows", "nm", "sell", "ternary", "block", "model"])
 def test_family(family):
     file = Path(__file__).parent / f"interpreted_{family}.py"
     result = subprocess.run(

@@ -1,8 +1,8 @@
-"""Blocks of 16x16 on GPUs: values of 2 bytes, or int8 under scales per row or group; blocks of zeros are not stored.
+"""Blocks of 16x16 on GPUs: values of 2 bytes, or int8 or int4 under scales; blocks of zeros are not stored.
 
 Machine form: the canonical blocks, row by row as they are, and the block column of each (BSR). A *strip* is 16 rows of
 the weight; a program works on one part of the blocks of one strip, several blocks at a time. Bits per stored weight:
-16.1 in bf16, 8.1 in int8; padding: N and K to 16, which the canonical form has too.
+16.1 in bf16, 8.1 in int8, 4.1 in int4; padding: N and K to 16, which the canonical form has too.
 
 Batch 1 and 2: a thread multiplies 16 bytes of a row of a block by the x beside it. Up to 64: `tl.dot` of several
 blocks side by side, tokens padded to 16; of one block at a time under scales of groups. More (prefill): decompressed
@@ -20,17 +20,18 @@ from . import block_kernels
 from .common import (
     Launch,
     check_values,
-    dense_product,
-    finish,
-    flat,
+    in_parts,
     interpreted,
     launch,
     mask_bits,
     placed,
+    product,
     register,
     reserve,
     scale_group,
-    scratch,
+    scaling,
+    split_words,
+    value_bits,
 )
 
 SIZE = 16
@@ -56,13 +57,14 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     """The machine form of canonical `block`, made by torch where the tensors are.
 
     Returns:
-        `values` [stored, 16, 16] of the values' dtype; `columns` int32 [stored], the block column of each; `offsets`
+        `values` [stored, 16, 16] of the values' dtype, int4 as int32 [stored, 16, 2], the first of eight in the low
+        half byte; `columns` int32 [stored], the block column of each; `offsets`
         int32 [strips + 1], a strip's blocks; `scales` float32 [groups, 16 strips], or [0, 0].
 
     Raises:
-        WeightError: values that have no kernel.
+        WeightError: int8 activations, for which there is no kernel.
     """
-    check_values(packed, (None, "bf16", "bf16x12", "int8"))
+    check_values(packed)
     tensors = placed(packed, device)
     n, k = packed.shape
     strips = -(-n // SIZE)
@@ -72,9 +74,10 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     if "scales" in tensors:
         stored = tensors["scales"]
         scales = torch.nn.functional.pad(stored, (0, 0, 0, strips * SIZE - n)).T.contiguous()
+    values = tensors["values"]
     machine = {
-        "values": tensors["values"], "columns": occupied.nonzero()[:, 1].int().contiguous(), "offsets": offsets,
-        "scales": scales,
+        "values": values.view(torch.int32) if value_bits(packed) == 4 else values,
+        "columns": occupied.nonzero()[:, 1].int().contiguous(), "offsets": offsets, "scales": scales,
     }  # fmt: skip
     reserve(offsets.device, n * k)
     return MachineWeight(packed.format, packed.shape, packed.dtype, machine, "cuda")
@@ -85,6 +88,8 @@ def naive_unpack(
 ) -> torch.Tensor:
     """The dense weight [16 strips, K] float32 that a machine form stands for: what every kernel here computes with."""
     strips, across = offsets.shape[0] - 1, -(-k // SIZE)
+    if values.dtype == torch.int32:
+        values = split_words(values)
     blocks = torch.zeros(strips, across, SIZE, SIZE)
     strip = torch.arange(strips).repeat_interleave(offsets.diff().long())
     blocks[strip, columns.long()] = values.float()
@@ -104,38 +109,39 @@ def linear(
     out_features: int,
 ) -> torch.Tensor:
     """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
-    k, n = x.shape[-1], out_features
-    x2 = flat(x)
-    m = x2.shape[0]
-    y = x.new_empty(m, n)
-    if not y.numel():
-        return y.view(*x.shape[:-1], n)
-    if m > MAX_DOT:
-        weight = decompress(scratch(x, (n, k)), values, columns, offsets, scales)
-        return dense_product(x2, weight, bias).view(*x.shape[:-1], n)
-    scaled = _scaled(scales, k)
-    form, batch = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
-    setting = LAUNCHES[form, batch]
-    if form == "gemv":
-        kernel, step = block_kernels.gemv, setting.groups
-        slots = 16 // values.element_size()
-        constants = {"SLOTS": slots, "UNROLL": setting.unroll}
-    else:
-        kernel, step = block_kernels.dot, 1 if scaled > 1 else setting.groups
-        # The interpreter's dot multiplies the bit patterns of bfloat16.
-        unfit = interpreted() and x.dtype == torch.bfloat16
-        constants = {"SAME": values.dtype in (x.dtype, torch.int8) and not unfit}
+    k = x.shape[-1]
     strips = offsets.shape[0] - 1
-    # From shapes alone: how many blocks a strip stores on average.
-    splits = splits_for(strips, -(-values.shape[0] // (strips * step * setting.unroll)))
-    direct = splits == 1
-    out = y if direct else x.new_empty(splits, m, n, dtype=torch.float32)
-    launch(
-        kernel, (strips, splits, 1), x2, values, columns, offsets, scales, bias if direct else None, out,
-        m, n, k, x2.stride(0), scales.shape[1], BATCH=batch, STEP=step, MASK_K=k % SIZE != 0, SCALED=scaled,
-        num_warps=setting.num_warps, num_stages=1, **constants,
-    )  # fmt: skip
-    return (y if direct else finish(out, bias, y)).view(*x.shape[:-1], n)
+
+    def multiply(x2: torch.Tensor, y: torch.Tensor) -> None:
+        m, n = y.shape
+        scaled = scaling(scales, k)
+        form, batch = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
+        setting = LAUNCHES[form, batch]
+        if form == "gemv":
+            kernel, step = block_kernels.gemv, setting.groups
+            slots = 16 if values.dtype == torch.int8 else 8
+            constants = {"SLOTS": slots, "UNROLL": setting.unroll}
+        else:
+            kernel, step = block_kernels.dot, 1 if scaled > 1 else setting.groups
+            # The interpreter's dot multiplies the bit patterns of bfloat16.
+            unfit = interpreted() and x.dtype == torch.bfloat16
+            constants = {"SAME": values.dtype in (x.dtype, torch.int8, torch.int32) and not unfit}
+        # From shapes alone: how many blocks a strip stores on average.
+        splits = splits_for(strips, -(-values.shape[0] // (strips * step * setting.unroll)))
+
+        def run(bias: torch.Tensor | None, out: torch.Tensor) -> None:
+            launch(
+                kernel, (strips, splits, 1), x2, values, columns, offsets, scales, bias, out,
+                m, n, k, x2.stride(0), scales.shape[1], BATCH=batch, STEP=step, MASK_K=k % SIZE != 0, SCALED=scaled,
+                num_warps=setting.num_warps, num_stages=1, **constants,
+            )  # fmt: skip
+
+        in_parts(splits, y, bias, run)
+
+    def decompressed(dense: torch.Tensor) -> torch.Tensor:
+        return decompress(dense, values, columns, offsets, scales)
+
+    return product(x, bias, out_features, MAX_DOT, decompressed, multiply)
 
 
 def splits_for(strips: int, steps: int) -> int:
@@ -151,14 +157,9 @@ def decompress(
     splits = splits_for(strips, -(-values.shape[0] // (strips * setting.groups)))
     launch(
         block_kernels.decompress, (strips, splits), dense.zero_(), values, columns, offsets, scales,
-        n, k, scales.shape[1], STEP=setting.groups, SCALED=_scaled(scales, k), num_warps=setting.num_warps,
+        n, k, scales.shape[1], STEP=setting.groups, SCALED=scaling(scales, k), num_warps=setting.num_warps,
     )  # fmt: skip
     return dense
-
-
-def _scaled(scales: torch.Tensor, k: int) -> int:
-    """0 no scales, 1 one per row, else columns per scale."""
-    return 0 if not scales.numel() else scale_group(scales, k) or 1
 
 
 def _fake(

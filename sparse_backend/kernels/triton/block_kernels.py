@@ -1,7 +1,8 @@
 """Device code of blocks of 16x16; the layout is that of block.py, which launches these kernels.
 
 Constants that all of them take: a program works on STEP blocks of a strip at once. MASK_K: the last block reaches past
-x. SCALED: 0 no scales, 1 one per row, else columns per scale. Weights are numbered in 32 bits: fewer than 2^31.
+x. SCALED: 0 no scales, 1 one per row, else columns per scale. Values are of the weight's dtype, int8, or int32 words of
+eight int4. Weights are numbered in 32 bits: fewer than 2^31.
 """
 
 from __future__ import annotations
@@ -19,6 +20,17 @@ def _part(offsets, STEP: tl.constexpr):
     per_split = tl.cdiv(steps, tl.num_programs(1)) * STEP
     first = begin + tl.program_id(1) * per_split
     return first, tl.minimum(first + per_split, stop)
+
+
+@triton.jit
+def _values(values, at, there):
+    """Stored values number `at`, 0 where not `there`."""
+    if values.dtype.element_ty == tl.int32:
+        word = tl.load(values + at // 8, mask=there, other=0)
+        found = (((word >> (at % 8 * 4)) & 15 ^ 8) - 8).to(tl.int8)
+    else:
+        found = tl.load(values + at, mask=there, other=0)
+    return found
 
 
 @triton.jit
@@ -43,8 +55,13 @@ def gemv(
             block = begin + u * STEP + side
             # Past the part: zeros at the first columns, which x has.
             column = tl.load(columns + block, mask=block < end, other=0) * 16
-            at = (begin + u * STEP) * 256 + r[:, None, None] * 16 + inside
-            value = tl.load(values + at, mask=(block < end)[:, :, None], other=0).to(tl.float32)
+            if values.dtype.element_ty == tl.int32:
+                at = (begin + u * STEP) * 32 + r[:, None] * 2 + part[None, :]
+                word = tl.load(values + at, mask=block < end, other=0)
+                value = ((((word[:, :, None] >> (slot * 4)[None, None, :]) & 15) ^ 8) - 8).to(tl.float32)
+            else:
+                at = (begin + u * STEP) * 256 + r[:, None, None] * 16 + inside
+                value = tl.load(values + at, mask=(block < end)[:, :, None], other=0).to(tl.float32)
             if SCALED > 1:
                 line = tl.program_id(0) * 16 + r[:, None] % 16
                 value *= tl.load(scales + column // SCALED * scale_stride + line)[:, :, None]
@@ -91,7 +108,7 @@ def dot(
         block = begin + c // 16
         column = tl.load(columns + block, mask=block < end, other=0) * 16 + c % 16
         at = begin * 256 + (c // 16 * 256 + c % 16)[None, :] + tl.arange(0, 16)[:, None] * 16
-        value = tl.load(values + at, mask=(block < end)[None, :], other=0).to(operand)
+        value = _values(values, at, (block < end)[None, :]).to(operand)
         there = (token < m)[:, None] & (column < k)[None, :] if MASK_K else (token < m)[:, None]
         tokens = tl.load(x + token.to(tl.int64)[:, None] * x_stride + column[None, :], mask=there, other=0.0)
         if SCALED > 1:
@@ -122,7 +139,7 @@ def decompress(
         block = begin + c // 16
         column = tl.load(columns + block, mask=block < end, other=0) * 16 + c % 16
         at = begin * 256 + (c // 16 * 256 + c % 16)[None, :] + tl.arange(0, 16)[:, None] * 16
-        value = tl.load(values + at, mask=(block < end)[None, :], other=0)
+        value = _values(values, at, (block < end)[None, :])
         if SCALED:
             group = column // SCALED if SCALED > 1 else column * 0
             value = value.to(tl.float32) * tl.load(scales + group[None, :] * scale_stride + line[:, None])

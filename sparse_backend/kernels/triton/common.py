@@ -68,14 +68,36 @@ def placed(packed: PackedWeight, device: torch.device) -> dict[str, torch.Tensor
     return {name: tensor.to(device) for name, tensor in packed.tensors.items()}
 
 
-def check_values(packed: PackedWeight, kinds: tuple[str | None, ...]) -> None:
-    """WeightError for a kind of values that has no GPU kernel."""
-    values = packed.attributes.get("values")
-    if values not in kinds:
-        names = ", ".join(k or "the weight's own" for k in kinds)
-        raise WeightError(f"{packed.format}: no GPU kernel for values {values}; there are: {names}")
+def check_values(packed: PackedWeight) -> None:
+    """WeightError for what has no GPU kernel."""
     if packed.attributes.get("activations", "keep") != "keep":
         raise WeightError(f"{packed.format}: no GPU kernel for int8 activations; pack with activations='keep'")
+
+
+def value_bits(packed: PackedWeight) -> int:
+    """Of a stored value."""
+    return {"int8": 8, "int4": 4}.get(str(packed.attributes.get("values")), 16)
+
+
+def codes_of(packed: PackedWeight, tensors: dict[str, torch.Tensor], stored: int) -> torch.Tensor:
+    """The values [stored] of a form with masks where they are, int4 as int8."""
+    values = tensors["values"]
+    if packed.attributes.get("values") != "int4":
+        return values
+    halves = torch.stack((values & 15, values >> 4), dim=1).flatten()[:stored].to(torch.int8)
+    return (halves ^ 8) - 8
+
+
+def join_words(values: torch.Tensor) -> torch.Tensor:
+    """Integers below 16, or int4 codes, [..., 8 n] as int32 words [..., n], the first in the low half byte."""
+    halves = values.to(torch.uint8) & 15
+    return (halves[..., 0::2] | (halves[..., 1::2] << 4)).contiguous().view(torch.int32)
+
+
+def split_words(words: torch.Tensor) -> torch.Tensor:
+    """int4 codes int8 [..., 8 n] of words [..., n]."""
+    stored = words.contiguous().view(torch.uint8)
+    return (torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2).to(torch.int8) ^ 8) - 8
 
 
 def mask_bits(mask: torch.Tensor, k: int) -> torch.Tensor:
@@ -99,6 +121,47 @@ def scale_group(scales: torch.Tensor, k: int) -> int:
     """Columns per scale of scales [groups, N]; 0 for one scale per row."""
     count = scales.shape[0]
     return next((size for size in SCALE_GROUPS if -(-k // size) == count), 0) if count > 1 else 0
+
+
+def scaling(scales: torch.Tensor, k: int) -> int:
+    """The kernels' SCALED of scales [groups, N]: 0 for none, 1 for one per row, else columns per scale."""
+    return 0 if not scales.numel() else scale_group(scales, k) or 1
+
+
+def product(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    out_features: int,
+    most: int,
+    decompressed: Callable[[torch.Tensor], torch.Tensor],
+    multiply: Callable[[torch.Tensor, torch.Tensor], Any],
+) -> torch.Tensor:
+    """y [..., N] in x's dtype from x [..., K]: what every family does around its kernels.
+
+    Args:
+        bias: [N] or None.
+        most: tokens that its kernels multiply. More (prefill) are torch's product with the decompressed weight.
+        decompressed: fills a scratch [N, K] of x's dtype with the weight.
+        multiply: fills y [M, N] from x [M, K].
+    """
+    x2 = flat(x)
+    y = x.new_empty(x2.shape[0], out_features)
+    if x2.shape[0] > most and y.numel():
+        y = dense_product(x2, decompressed(scratch(x, (out_features, x.shape[-1]))), bias)
+    elif y.numel():
+        multiply(x2, y)
+    return y.view(*x.shape[:-1], out_features)
+
+
+def in_parts(
+    parts: int, y: torch.Tensor, bias: torch.Tensor | None, run: Callable[[torch.Tensor | None, torch.Tensor], None]
+) -> None:
+    """Fill y [M, N] by run(bias, out): out is y, or float32 [parts, M, N] without a bias, which are then summed."""
+    if parts == 1:
+        return run(bias, y)
+    partial = y.new_empty(parts, *y.shape, dtype=torch.float32)
+    run(None, partial)
+    finish(partial, bias, y)
 
 
 def register(schema: str, run: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]) -> None:
@@ -146,12 +209,11 @@ def scratch(x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
     return _scratch[x.device][:count].view(x.dtype).view(shape)
 
 
-def finish(partial: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> torch.Tensor:
+def finish(partial: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:
     """y [M, N] = the sum of partial [splits, M, N] float32, in a fixed order, + bias [N]."""
     splits, m, n = partial.shape
     grid = (triton.cdiv(n, FINISH_BLOCK), m)
     launch(_finish, grid, partial, bias, y, m, n, splits, BLOCK=FINISH_BLOCK, num_warps=4)
-    return y
 
 
 @triton.jit
@@ -175,3 +237,15 @@ def pick(tensor, index: tl.constexpr, COUNT: tl.constexpr):
     """
     chosen = tl.arange(0, COUNT)[None, :] == index
     return tl.sum(tl.where(chosen, tensor.to(tl.int32), 0), axis=1)
+
+
+@triton.jit
+def half_bytes(words, row, SLOTS: tl.constexpr):
+    """Integers below 16 of rows `row` [R] of SLOTS / 8 words each, int32 [R, SLOTS]."""
+    shifts = tl.arange(0, 8) * 4
+    if SLOTS == 8:
+        found = tl.load(words + row)[:, None] >> shifts[None, :]
+    else:
+        pair = tl.load(words + row[:, None] * 2 + tl.arange(0, 2)[None, :])
+        found = tl.reshape(pair[:, :, None] >> shifts[None, None, :], [row.shape[0], SLOTS])
+    return found & 15

@@ -1,11 +1,12 @@
-"""N:M weights on GPUs: N of every 16 columns (8:16, 6:16, 4:16; 2:4 and 4:8 are 8:16), values of 2 or 1 bytes.
+"""N:M weights on GPUs: N of every 16 columns (8:16, 6:16, 4:16; 2:4 and 4:8 are 8:16), values of 16, 8 or 4 bits.
 
 Machine form: a thread owns a row and reads its values a *chunk* of 16 bytes at a time: `slots` = 8 bf16 or fp16
-values, or 16 of int8 (8 of 6:16), and for each of them the position in its group of 16 columns, 4 bits. A
+values, or 16 of int8 (8 of 6:16), and for each of them the position in its group of 16 columns, 4 bits; of int4, 16
+(8) bytes of a code above its position. A
 *supergroup* is the fewest groups whose values fill whole chunks: groups S, chunks C, with S * N = C * slots (8:16 in
 bf16: 1 and 1; 6:16: 4 and 3). Rows are in tiles of 64, so that the threads of a warp read neighbouring memory and
-gather x from the same 16 columns. Bits per stored weight: 20 in bf16, 12 in int8; padding: N to 64 rows, K to 8
-supergroups.
+gather x from the same 16 columns. Bits per stored weight: 20 in bf16, 12 in int8, 8 in int4; padding: N to 64 rows, K
+to 8 supergroups.
 
 Batch 1 and 2: every stored value gathers its x. Up to 64: the tile is decoded in registers and multiplied by
 `tl.dot`. More (prefill): decompressed to a scratch shared by all layers, then torch's product. No atomics: parts
@@ -27,18 +28,19 @@ from .common import (
     TILE_ROWS,
     Launch,
     check_values,
-    dense_product,
-    finish,
-    flat,
+    codes_of,
+    in_parts,
     interpreted,
     launch,
     mask_bits,
     placed,
+    product,
     register,
     reserve,
     scale_group,
-    scratch,
+    scaling,
     splits_for,
+    value_bits,
 )
 
 GROUP = 16  # columns that a position of 4 bits can number
@@ -55,13 +57,16 @@ LAUNCHES = {
     ("decompress", 0): Launch(groups=0, unroll=1, num_warps=4),
 }
 
-# Instructions of the loop, by (kernel, batch, int8 values); tools/gpu_offline.py asserts them for sm_80, sm_90 and
+# Instructions of the loop, by (kernel, batch, bits of values); tools/gpu_offline.py asserts them for sm_80, sm_90 and
 # sm_100. Of gemv per stored weight, of dot per position: it decodes zeros too. An H200 issues about 7 per byte it
-# reads: 17 per bf16 weight and 10 per int8 weight, or at 8:16 9 and 5 per position.
+# reads: 17 per bf16 weight, 10 per int8 weight and 7 per int4 weight, or at 8:16 9, 5 and 4 per position: int4 saves
+# memory, and takes longer than int8.
 BUDGET = {
-    ("gemv", 1, False): 9.5, ("gemv", 2, False): 15.5, ("gemv", 1, True): 10.0, ("gemv", 2, True): 15.5,
-    ("dot", 16, False): 14.0, ("dot", 32, False): 14.5, ("dot", 64, False): 17.0,
-    ("dot", 16, True): 14.0, ("dot", 32, True): 14.5, ("dot", 64, True): 17.0,
+    ("gemv", 1, 16): 9.5, ("gemv", 2, 16): 15.5, ("gemv", 1, 8): 10.0, ("gemv", 2, 8): 15.5,
+    ("gemv", 1, 4): 14.0, ("gemv", 2, 4): 20.5,
+    ("dot", 16, 16): 14.0, ("dot", 32, 16): 14.5, ("dot", 64, 16): 17.0,
+    ("dot", 16, 8): 14.0, ("dot", 32, 8): 14.5, ("dot", 64, 8): 17.0,
+    ("dot", 16, 4): 16.5, ("dot", 32, 4): 17.0, ("dot", 64, 4): 20.0,
 }  # fmt: skip
 
 
@@ -70,14 +75,17 @@ def dot_groups(groups: int) -> int:
     return max(128 // TILE_ROWS, 4 // groups)
 
 
-def slots_of(kept: int, element_size: int) -> int:
-    """Values of a chunk: 16 bytes, but 8 bytes of 6:16 in int8, whose supergroup would not fit a thread's registers."""
-    return 8 if kept == 6 else 16 // element_size
+def slots_of(kept: int, bits: int) -> int:
+    """Values of a chunk, for values of so many bits.
+
+    16 bytes, but 8 bytes of 6:16 in int8 and int4, whose supergroup would not fit a thread's registers.
+    """
+    return 8 if kept == 6 or bits == 16 else 16
 
 
-def gemv_unroll(chunks: int, setting: Launch) -> int:
-    """Repeats in a GEMV's loop: none of supergroups that have several loads in flight already, which would spill."""
-    return setting.unroll if chunks == 1 else 1
+def gemv_unroll(chunks: int, setting: Launch, joined: bool) -> int:
+    """Repeats in a GEMV's loop: none of supergroups that have several loads in flight, two of int4, or they spill."""
+    return 1 if chunks > 1 else min(2, setting.unroll) if joined else setting.unroll
 
 
 def geometry(kept: int, slots: int) -> tuple[int, int]:
@@ -90,18 +98,18 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     """The machine form of canonical `nm`, made by torch where the tensors are.
 
     Returns:
-        `values` [tiles, supergroups, C, 64, slots] of the values' dtype; `positions` uint8 [tiles, supergroups, S,
-        32 N], which are [C, 64, slots] half bytes in values' order, the first in the low half; `scales` float32
-        [scale groups, 64 tiles], or [0, 0].
+        `values` [tiles, supergroups, C, 64, slots] of the values' dtype, for int4 int8 of 16 code + position;
+        `positions` uint8 [tiles, supergroups, S, 32 N], which are [C, 64, slots] half bytes in values' order, the first
+        in the low half, for int4 [tiles, supergroups, S, 0]; `scales` float32 [scale groups, 64 tiles], or [0, 0].
 
     Raises:
         WeightError: values, a pattern or a group size that has no kernel.
     """
-    check_values(packed, (None, "bf16", "bf16x12", "int8"))
+    check_values(packed)
     tensors = placed(packed, device)
     (n, k), (few, of) = packed.shape, NM_PATTERNS[packed.attributes["pattern"]]
-    kept, values = few * GROUP // of, tensors["values"]
-    slots = slots_of(kept, values.element_size())
+    kept, bits = few * GROUP // of, value_bits(packed)
+    slots = slots_of(kept, bits)
     groups, chunks = geometry(kept, slots)
     tiles, supers = -(-n // TILE_ROWS), -(-k // (GROUP * groups))
     supers += -supers % PAD
@@ -109,23 +117,27 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     scales = _lower_scales(packed, tensors, tiles, groups)
 
     stored = torch.nn.functional.pad(mask_bits(tensors["mask"], k), (0, columns - k))
+    values = codes_of(packed, tensors, int(stored.sum()))
     dense = values.new_zeros(n, columns)
     dense[stored] = values
     grouped = stored.view(n, supers * groups, GROUP)
     # Stable: stored columns first, in their order. A last, partial group fills up with columns that hold zeros.
     order = grouped.logical_not().to(torch.uint8).sort(dim=2, stable=True).indices[..., :kept]
     picked = dense.view(grouped.shape).gather(2, order)
+    order = order.to(torch.uint8)
 
     def tiled(rows: torch.Tensor) -> torch.Tensor:
         rows = torch.nn.functional.pad(rows.reshape(n, -1), (0, 0, 0, tiles * TILE_ROWS - n))
         return rows.view(tiles, TILE_ROWS, supers, chunks, slots).permute(0, 2, 3, 1, 4).contiguous()
 
-    halves = tiled(order.to(torch.uint8))
-    joined = halves[..., 0::2] | (halves[..., 1::2] << 4)
-    machine = {
-        "values": tiled(picked), "positions": joined.view(tiles, supers, groups, TILE_ROWS * kept // 2),
-        "scales": scales,
-    }  # fmt: skip
+    if bits == 4:
+        joined = (picked << 4) | order.to(torch.int8)
+        machine = {"values": tiled(joined), "positions": order.new_zeros(tiles, supers, groups, 0)}
+    else:
+        halves = tiled(order)
+        joined = halves[..., 0::2] | (halves[..., 1::2] << 4)
+        machine = {"values": tiled(picked), "positions": joined.view(tiles, supers, groups, TILE_ROWS * kept // 2)}
+    machine["scales"] = scales
     reserve(values.device, n * k)
     return MachineWeight(packed.format, packed.shape, packed.dtype, machine, "cuda")
 
@@ -149,8 +161,11 @@ def naive_unpack(values: torch.Tensor, positions: torch.Tensor, scales: torch.Te
     """The dense weight [64 tiles, K] float32 that a machine form stands for: what every kernel here computes with."""
     tiles, supers, chunks, rows, slots = values.shape
     groups = positions.shape[2]
-    halves = positions.view(tiles, supers, chunks, rows, slots // 2)
-    order = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
+    if positions.numel():
+        halves = positions.view(tiles, supers, chunks, rows, slots // 2)
+        order = torch.stack((halves & 15, halves >> 4), dim=-1).flatten(-2)
+    else:
+        order, values = values & 15, values >> 4
 
     def by_group(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.permute(0, 3, 1, 2, 4).reshape(tiles * rows, supers * groups, -1)
@@ -174,35 +189,31 @@ def linear(
 ) -> torch.Tensor:
     """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
     k, n = x.shape[-1], out_features
-    x2 = flat(x)
-    m = x2.shape[0]
-    y = x.new_empty(m, n)
-    if not y.numel():
-        return y.view(*x.shape[:-1], n)
-    if m > MAX_DOT:
-        weight = decompress(scratch(x, (n, k)), values, positions, scales)
-        return dense_product(x2, weight, bias).view(*x.shape[:-1], n)
     tiles, supers = values.shape[:2]
-    bucket = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
-    setting = LAUNCHES[bucket]
-    constants = _constants(values, positions, scales, k, setting, bucket[0] != "gemv")
-    splits = splits_for(tiles, supers // (constants["GROUPS"] * constants["UNROLL"]))
-    direct = splits == 1
-    out = y if direct else x.new_empty(splits, m, n, dtype=torch.float32)
-    kernel = nm_kernels.gemv if bucket[0] == "gemv" else nm_kernels.dot
-    words = positions.view(torch.int32)
-    if bucket[0] == "dot":
-        # The interpreter's dot multiplies the bit patterns of bfloat16.
-        unfit = interpreted() and x.dtype == torch.bfloat16
-        constants["SAME"] = values.dtype in (x.dtype, torch.int8) and not unfit
-    else:
-        group_bytes = GROUP * x.element_size()
-        constants["ALIGNED"] = x2.data_ptr() % group_bytes == 0 and (m == 1 or x2.stride(0) % GROUP == 0)
-    launch(
-        kernel, (tiles, splits), x2, values, words, scales, bias if direct else None, out,
-        m, n, k, x2.stride(0), supers, scales.shape[1], splits, BATCH=bucket[1], **constants,
-    )  # fmt: skip
-    return (y if direct else finish(out, bias, y)).view(*x.shape[:-1], n)
+
+    def multiply(x2: torch.Tensor, y: torch.Tensor) -> None:
+        m = x2.shape[0]
+        gemv = m <= MAX_GEMV
+        bucket = ("gemv", m) if gemv else ("dot", max(16, triton.next_power_of_2(m)))
+        constants = _constants(values, positions, scales, k, LAUNCHES[bucket], not gemv)
+        if gemv:
+            group_bytes = GROUP * x.element_size()
+            constants["ALIGNED"] = x2.data_ptr() % group_bytes == 0 and (m == 1 or x2.stride(0) % GROUP == 0)
+        else:
+            # The interpreter's dot multiplies the bit patterns of bfloat16.
+            unfit = interpreted() and x.dtype == torch.bfloat16
+            constants["SAME"] = values.dtype in (x.dtype, torch.int8) and not unfit
+        splits = splits_for(tiles, supers // (constants["GROUPS"] * constants["UNROLL"]))
+
+        def run(bias: torch.Tensor | None, out: torch.Tensor) -> None:
+            launch(
+                nm_kernels.gemv if gemv else nm_kernels.dot, (tiles, splits), x2, values, _words(positions),
+                scales, bias, out, m, n, k, x2.stride(0), supers, scales.shape[1], splits, BATCH=bucket[1], **constants,
+            )  # fmt: skip
+
+        in_parts(splits, y, bias, run)
+
+    return product(x, bias, n, MAX_DOT, lambda dense: decompress(dense, values, positions, scales), multiply)
 
 
 def decompress(
@@ -213,9 +224,24 @@ def decompress(
     constants = _constants(values, positions, scales, k, LAUNCHES["decompress", 0], True)
     grid = (tiles, supers // constants["GROUPS"])
     if k:
-        words = positions.view(torch.int32)
-        launch(nm_kernels.decompress, grid, dense, values, words, scales, n, k, supers, scales.shape[1], **constants)
+        launch(
+            nm_kernels.decompress,
+            grid,
+            dense,
+            values,
+            _words(positions),
+            scales,
+            n,
+            k,
+            supers,
+            scales.shape[1],
+            **constants,
+        )
     return dense
+
+
+def _words(positions: torch.Tensor) -> torch.Tensor:
+    return positions.view(torch.int32) if positions.numel() else positions
 
 
 def _constants(
@@ -226,9 +252,9 @@ def _constants(
     side_by_side = dot_groups(super_groups) if dot else setting.groups
     return {
         "KEPT": chunks * slots // super_groups, "SUPER": super_groups, "CHUNKS": chunks, "SLOTS": slots, "ROWS": rows,
-        "GROUPS": side_by_side, "UNROLL": 1 if dot else gemv_unroll(chunks, setting),
+        "GROUPS": side_by_side, "UNROLL": 1 if dot else gemv_unroll(chunks, setting, not positions.numel()),
         "MASK_K": supers * super_groups * GROUP != k,
-        "SCALED": 0 if not scales.numel() else 1 if scales.shape[0] == 1 else scale_group(scales, k),
+        "SCALED": scaling(scales, k), "JOINED": positions.numel() == 0,
         "num_warps": setting.num_warps, "num_stages": 1,
     }  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 Constants that all of them take: KEPT of 16 columns are stored; a supergroup has SUPER groups of 16 and CHUNKS chunks of
 SLOTS values; a tile has ROWS rows; a program works on GROUPS supergroups side by side, UNROLL times per iteration.
+JOINED: a byte of `values` holds an int4 code above its position; there are no `words`.
 MASK_K: x is shorter than the padded columns. SCALED: 0 no scales, 1 one per row, else columns per scale.
 """
 
@@ -10,19 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import pick
-
-
-@triton.jit
-def _slot_positions(words, row, SLOTS: tl.constexpr):
-    """Where each slot of chunk rows `row` [R] is in its group, int32 [R, SLOTS]."""
-    shifts = tl.arange(0, 8) * 4
-    if SLOTS == 8:
-        nibbles = tl.load(words + row)[:, None] >> shifts[None, :]
-    else:
-        pair = tl.load(words + row[:, None] * 2 + tl.arange(0, 2)[None, :])
-        nibbles = tl.reshape(pair[:, :, None] >> shifts[None, None, :], [row.shape[0], SLOTS])
-    return nibbles & 15
+from .common import half_bytes, pick
 
 
 @triton.jit
@@ -45,7 +34,7 @@ def gemv(
     m, n, k, x_stride, supers, scale_stride, splits,
     BATCH: tl.constexpr, KEPT: tl.constexpr, SUPER: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASK_K: tl.constexpr, SCALED: tl.constexpr,
-    ALIGNED: tl.constexpr,
+    JOINED: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, one part of K: partial sums of 1 or 2 tokens. One row of GROUPS supergroups per thread."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -66,8 +55,13 @@ def gemv(
             column = group * (SUPER * 16)
             for c in tl.static_range(CHUNKS):
                 chunk = (group * CHUNKS + c) * ROWS + row
-                position = _slot_positions(words, chunk, SLOTS)
-                value = tl.load(values + chunk[:, None] * SLOTS + slot[None, :]).to(tl.float32)
+                loaded = tl.load(values + chunk[:, None] * SLOTS + slot[None, :])
+                if JOINED:
+                    position = loaded.to(tl.int32) & 15
+                    value = (loaded >> 4).to(tl.float32)
+                else:
+                    position = half_bytes(words, chunk, SLOTS)
+                    value = loaded.to(tl.float32)
                 base = column[:, None] + ((slot + c * SLOTS) // KEPT * 16)[None, :]
                 there = (base + position < k) if MASK_K else None
                 if SCALED > 1:
@@ -99,7 +93,10 @@ def gemv(
 
 @triton.jit
 def _word(bits, places, index: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.constexpr, WIDTH: tl.constexpr):
-    """32 bits of a dense supergroup, int32 [R]: two values of two bytes or four of one, the first in the low bits."""
+    """32 bits of a dense supergroup, int32 [R]: two values of two bytes or four of one, the first in the low bits.
+
+    places: words of eight positions, or None: they are below the codes in `bits`.
+    """
     PER: tl.constexpr = 32 // WIDTH
     g: tl.constexpr = index // (16 // PER)
     w: tl.constexpr = index % (16 // PER)
@@ -107,8 +104,13 @@ def _word(bits, places, index: tl.constexpr, KEPT: tl.constexpr, SLOTS: tl.const
     for j in tl.static_range(KEPT):
         # Values ascend: the j-th of a group lies between columns j and j + 16 - KEPT. The rest is never compared.
         if j < (w + 1) * PER and j + 16 - KEPT >= w * PER:
-            value = pick(bits[(g * KEPT + j) // SLOTS], (g * KEPT + j) % SLOTS, SLOTS) & ((1 << WIDTH) - 1)
-            place = (places[(g * KEPT + j) // 8] >> ((g * KEPT + j) % 8 * 4)) & 15
+            value = pick(bits[(g * KEPT + j) // SLOTS], (g * KEPT + j) % SLOTS, SLOTS)
+            if places is None:
+                place = value & 15
+                value >>= 4
+            else:
+                place = (places[(g * KEPT + j) // 8] >> ((g * KEPT + j) % 8 * 4)) & 15
+            value &= (1 << WIDTH) - 1
             word |= tl.where(place // PER == w, value << (place % PER * WIDTH), 0)
     return word
 
@@ -145,7 +147,7 @@ def _words16(
 def _tile(
     values, words, first,
     KEPT: tl.constexpr, SUPER: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
+    GROUPS: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     """GROUPS supergroups from `first` on as a dense tile [ROWS, GROUPS * SUPER * 16] of the values' dtype."""
     # A row's supergroups side by side: the tile is then a reshape of what threads hold.
@@ -154,16 +156,17 @@ def _tile(
     dtype = values.dtype.element_ty
     WIDTH: tl.constexpr = dtype.primitive_bitwidth
     bits = ()
-    places = ()
+    places = None if JOINED else ()
     for c in tl.static_range(CHUNKS):
         chunk = ((first + r % GROUPS) * CHUNKS + c) * ROWS + r // GROUPS
         loaded = tl.load(values + chunk[:, None] * SLOTS + slot[None, :])
         bits += (loaded if WIDTH == 8 else loaded.to(tl.int16, bitcast=True),)  # type: ignore[assignment]
-        if SLOTS == 8:
-            places += (tl.load(words + chunk),)  # type: ignore[assignment]
-        else:
-            pair = tl.load(words + chunk[:, None] * 2 + tl.arange(0, 2)[None, :])
-            places += (pick(pair, 0, 2), pick(pair, 1, 2))  # type: ignore[assignment]
+        if not JOINED:
+            if SLOTS == 8:
+                places += (tl.load(words + chunk),)  # type: ignore[operator]
+            else:
+                pair = tl.load(words + chunk[:, None] * 2 + tl.arange(0, 2)[None, :])
+                places += (pick(pair, 0, 2), pick(pair, 1, 2))  # type: ignore[operator]
     COUNT: tl.constexpr = SUPER * WIDTH // 2
     if COUNT == 8:
         joined = _words8(bits, places, 0, 1, KEPT, SLOTS, WIDTH)
@@ -190,7 +193,7 @@ def dot(
     m, n, k, x_stride, supers, scale_stride, splits,
     BATCH: tl.constexpr, KEPT: tl.constexpr, SUPER: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr,
     ROWS: tl.constexpr, GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASK_K: tl.constexpr, SCALED: tl.constexpr,
-    SAME: tl.constexpr,
+    JOINED: tl.constexpr, SAME: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, one part of K: partial sums of up to BATCH tokens on tensor cores.
 
@@ -211,7 +214,7 @@ def dot(
         column = step * WIDE + tl.arange(0, WIDE)
         there = (token < m)[:, None] & (column < k)[None, :] if MASK_K else (token < m)[:, None]
         tokens = tl.load(x + token[:, None] * x_stride + column[None, :], mask=there, other=0.0).to(operand)
-        dense = _tile(values, words, step * GROUPS, KEPT, SUPER, CHUNKS, SLOTS, ROWS, GROUPS).to(operand)
+        dense = _tile(values, words, step * GROUPS, KEPT, SUPER, CHUNKS, SLOTS, ROWS, GROUPS, JOINED).to(operand)
         if SCALED > 1:
             group = step * WIDE // SCALED
             scale = tl.load(
@@ -233,14 +236,14 @@ def dot(
 def decompress(
     dense, values, words, scales, n, k, supers, scale_stride,
     KEPT: tl.constexpr, SUPER: tl.constexpr, CHUNKS: tl.constexpr, SLOTS: tl.constexpr, ROWS: tl.constexpr,
-    GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASK_K: tl.constexpr, SCALED: tl.constexpr,
+    GROUPS: tl.constexpr, UNROLL: tl.constexpr, MASK_K: tl.constexpr, SCALED: tl.constexpr, JOINED: tl.constexpr,
 ):  # fmt: skip
     """One tile of rows, GROUPS supergroups: their part of the dense weight [n, k]."""
     tile, step = tl.program_id(0), tl.program_id(1)
     WIDE: tl.constexpr = GROUPS * SUPER * 16
     values += tile.to(tl.int64) * supers * (CHUNKS * ROWS * SLOTS)
     words += tile.to(tl.int64) * supers * (CHUNKS * ROWS * SLOTS // 8)
-    block = _tile(values, words, step * GROUPS, KEPT, SUPER, CHUNKS, SLOTS, ROWS, GROUPS)
+    block = _tile(values, words, step * GROUPS, KEPT, SUPER, CHUNKS, SLOTS, ROWS, GROUPS, JOINED)
     line = tile * ROWS + tl.arange(0, ROWS)
     column = step * WIDE + tl.arange(0, WIDE)
     if SCALED:

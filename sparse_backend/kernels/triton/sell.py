@@ -1,12 +1,13 @@
-"""Arbitrary patterns on GPUs: the canonical forms `sell` and `bitmask`, values of 2 or 1 bytes.
+"""Arbitrary patterns on GPUs: the canonical forms `sell` and `bitmask`, values of 16, 8 or 4 bits.
 
 Machine form: rows sorted by how much they store, cut into slices of 64 and padded to the longest of their slice
-(SELL-C-sigma, Kreutzer et al., 2014, sigma = N). A thread owns a row and reads 16 bytes of values at a time, a *chunk*
-of `slots` = 8 bf16 or fp16, or 16 int8, and one byte of position for each: columns after the last column of the
+(SELL-C-sigma, Kreutzer et al., 2014, sigma = N). A thread owns a row and reads its values a *chunk* at a time, of
+`slots` = 8 bf16 or fp16, or 16 int8 or int4, and one byte of position for each: columns after the last column of the
 row's previous chunk. A column further away than 255 is reached by chunks that are filled up with zeros.
 
-What it costs: 24 bits per bf16 weight stored, 16 per int8 weight, and the padding: half a chunk per row and where
-columns are far apart (at 97% zeros and more). At 70% zeros that is 2.2 times less than dense bf16, at 90% 6.5.
+What it costs: 24 bits per bf16 weight stored, 16 per int8 weight, 12 per int4 weight, and the padding: half a chunk per
+row and where columns are far apart (at 97% zeros and more). At 70% zeros that is 2.2 times less than dense bf16, at 90%
+6.5.
 `bitmask` weights, for which a GPU has no fast bitmap decoder, use it too: at 50% 1.5 bytes per position, 1.33 times
 less than dense, where a bitmap would have 1.125. Padding such weights to N:M costs more: random zeros at 50% need
 12:16, 1.9 bytes per position; those that fit 8:16 are `nm` already (formats/nm.py finds them).
@@ -20,7 +21,6 @@ from __future__ import annotations
 
 import torch
 
-from ...errors import WeightError
 from ...packed import MachineWeight, PackedWeight
 from . import sell_kernels
 from .common import (
@@ -28,15 +28,19 @@ from .common import (
     TILE_ROWS,
     Launch,
     check_values,
-    dense_product,
-    finish,
-    flat,
+    codes_of,
+    in_parts,
+    join_words,
     launch,
     mask_bits,
     placed,
+    product,
     register,
     reserve,
-    scratch,
+    scale_group,
+    scaling,
+    split_words,
+    value_bits,
 )
 
 MAX_GEMV, MAX_BATCH = 2, 64
@@ -51,36 +55,38 @@ LAUNCHES = {
     ("decompress", 0): Launch(groups=1, unroll=1, num_warps=2),
 }
 
-# Instructions of the loop per stored weight, by (kernel, tokens, int8 values); tools/gpu_offline.py asserts them for
-# sm_80, sm_90 and sm_100. An H200 issues about 7 per byte it reads: 21 per bf16 weight, 14 per int8 weight.
-# Of `batched`, for 16 tokens.
+# Instructions of the loop per stored weight, by (kernel, tokens, bits of values); tools/gpu_offline.py asserts them for
+# sm_80, sm_90 and sm_100. An H200 issues about 7 per byte it reads: 21 per bf16 weight, 14 per int8 weight, 10 per int4
+# weight. Of `batched`, for 16 tokens.
 BUDGET = {
-    ("gemv", 1, False): 9.5, ("gemv", 2, False): 14.5, ("gemv", 1, True): 9.0, ("gemv", 2, True): 14.5,
-    ("batched", 16, False): 62.0, ("batched", 16, True): 62.0,
+    ("gemv", 1, 16): 9.5, ("gemv", 2, 16): 14.5, ("gemv", 1, 8): 9.0, ("gemv", 2, 8): 14.5,
+    ("gemv", 1, 4): 12.0, ("gemv", 2, 4): 17.0,
+    ("batched", 16, 16): 62.0, ("batched", 16, 8): 62.0, ("batched", 16, 4): 64.0,
 }  # fmt: skip
+# What looking up a scale adds to every weight where groups of columns have their own.
+SCALES_OF_GROUPS = {"gemv": 9.5, "batched": 17.0}
 
 
 def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     """The machine form of canonical `sell` or `bitmask`, made by torch where the tensors are.
 
     Returns:
-        `values` [chunks, 64, slots]; `positions` uint8, the same shape; `starts` int32 [parts, 64 slices], the column
+        `values` [chunks, 64, slots] of the values' dtype, int4 as int32 [.., slots / 8], the first of eight in the low
+        half byte; `positions` uint8 [chunks, 64, slots]; `starts` int32 [parts, 64 slices], the column
         that a row's first position of a part counts from; `offsets` int32 [slices, parts + 1], a part's chunks;
         `rows` int32 [64 slices], rows of the weight in the order of storage, -1 for padding; `scales` float32
-        [64 slices], or [0].
+        [groups, 64 slices], or [0, 0].
 
     Raises:
-        WeightError: values or a group size that has no kernel.
+        WeightError: int8 activations, for which there is no kernel.
     """
-    check_values(packed, (None, "bf16", "bf16x12", "int8"))
-    if packed.attributes.get("group_size"):
-        raise WeightError(f"{packed.format}: no GPU kernel for scales of groups; use one scale per row")
+    check_values(packed)
     tensors = placed(packed, device)
     n, k = packed.shape
-    values = tensors["values"]
+    stored, bits = mask_bits(tensors["mask"], k), value_bits(packed)
+    values = codes_of(packed, tensors, int(stored.sum()))
     place = values.device
-    slots = 16 // values.element_size()
-    positions, taken, bases, used = _chunks(mask_bits(tensors["mask"], k), slots)
+    positions, taken, bases, used = _chunks(stored, 8 if bits == 16 else 16)
     count = positions.shape[0]
 
     slices = -(-n // TILE_ROWS)
@@ -103,14 +109,15 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     filled = torch.cat([values, values.new_zeros(1)])[taken]
     starts = sliced(bases).gather(1, cuts[:, :-1, None].expand(slices, parts, TILE_ROWS))
     rows = torch.cat([order, order.new_full((padding,), -1)])
+    ordered = sliced(filled)[kept]
     machine = {
-        "values": sliced(filled)[kept], "positions": sliced(positions)[kept],
+        "values": join_words(ordered) if bits == 4 else ordered, "positions": sliced(positions)[kept],
         "starts": starts.transpose(0, 1).reshape(parts, -1).contiguous().int(),
         "offsets": (begins[:, None] + cuts).int(), "rows": rows.int(),
-        "scales": values.new_zeros(0, dtype=torch.float32),
+        "scales": values.new_zeros(0, 0, dtype=torch.float32),
     }  # fmt: skip
     if "scales" in tensors:
-        machine["scales"] = torch.nn.functional.pad(tensors["scales"][order, 0], (0, padding))
+        machine["scales"] = torch.nn.functional.pad(tensors["scales"][order], (0, 0, 0, padding)).T.contiguous()
     reserve(place, n * k)
     return MachineWeight(packed.format, packed.shape, packed.dtype, machine, "cuda")
 
@@ -160,6 +167,8 @@ def naive_unpack(
 ) -> torch.Tensor:
     """The dense weight [N, K] float32 that a machine form stands for: what every kernel here computes with."""
     dense = torch.zeros(shape)
+    if values.dtype == torch.int32:
+        values = split_words(values)
     for line, row in enumerate(rows.tolist()):
         piece, inside = divmod(line, TILE_ROWS)
         for part in range(starts.shape[0] if row >= 0 else 0):
@@ -169,7 +178,7 @@ def naive_unpack(
                 dense[row].index_add_(0, where, values[chunk, inside].float())
                 column = int(where[-1])
         if row >= 0 and scales.numel():
-            dense[row] *= scales[line]
+            dense[row] *= scales[:, line].repeat_interleave(scale_group(scales, shape[1]) or shape[1])[: shape[1]]
     return dense
 
 
@@ -185,33 +194,29 @@ def linear(
     out_features: int,
 ) -> torch.Tensor:
     """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`; accumulated in float32."""
-    k, n = x.shape[-1], out_features
-    x2 = flat(x)
-    m = x2.shape[0]
-    y = x.new_empty(m, n)
-    if not y.numel():
-        return y.view(*x.shape[:-1], n)
     tensors = (values, positions, starts, offsets, rows, scales)
-    if m > MAX_BATCH:
-        weight = decompress(scratch(x, (n, k)), *tensors)
-        return dense_product(x2, weight, bias).view(*x.shape[:-1], n)
     parts, lines = starts.shape
-    if m <= MAX_GEMV:
-        kernel, batch, blocks = sell_kernels.gemv, m, 1
-        setting = LAUNCHES["gemv", m]
-    else:
-        kernel, batch, blocks = sell_kernels.batched, 16, -(-m // 16)
-        x2 = torch.nn.functional.pad(x2, (0, 0, 0, -m % 16)).t().contiguous()
-        setting = LAUNCHES["batched", 16]
-    direct = parts == 1
-    out = y if direct else x.new_empty(parts, m, n, dtype=torch.float32)
-    launch(
-        kernel, (lines // TILE_ROWS, parts, blocks), x2, *tensors, bias if direct else None, out,
-        m, n, x2.stride(0), parts, lines,
-        BATCH=batch, SLOTS=values.shape[2], ROWS=TILE_ROWS, UNROLL=setting.unroll, SCALED=scales.numel() > 0,
-        num_warps=setting.num_warps, num_stages=1,
-    )  # fmt: skip
-    return (y if direct else finish(out, bias, y)).view(*x.shape[:-1], n)
+
+    def multiply(x2: torch.Tensor, y: torch.Tensor) -> None:
+        m, n = y.shape
+        if m <= MAX_GEMV:
+            kernel, batch, blocks = sell_kernels.gemv, m, 1
+            setting = LAUNCHES["gemv", m]
+        else:
+            kernel, batch, blocks = sell_kernels.batched, 16, -(-m // 16)
+            x2 = torch.nn.functional.pad(x2, (0, 0, 0, -m % 16)).t().contiguous()
+            setting = LAUNCHES["batched", 16]
+
+        def run(bias: torch.Tensor | None, out: torch.Tensor) -> None:
+            launch(
+                kernel, (lines // TILE_ROWS, parts, blocks), x2, *tensors, bias, out, m, n, x2.stride(0), parts, lines,
+                BATCH=batch, SLOTS=positions.shape[2], ROWS=TILE_ROWS, UNROLL=setting.unroll,
+                SCALED=scaling(scales, x.shape[-1]), num_warps=setting.num_warps, num_stages=1,
+            )  # fmt: skip
+
+        in_parts(parts, y, bias, run)
+
+    return product(x, bias, out_features, MAX_BATCH, lambda dense: decompress(dense, *tensors), multiply)
 
 
 def decompress(
@@ -227,8 +232,8 @@ def decompress(
     parts, lines = starts.shape
     launch(
         sell_kernels.decompress, (lines // TILE_ROWS, parts), dense.zero_(), values, positions, starts, offsets, rows,
-        scales, dense.shape[1], parts, lines, SLOTS=values.shape[2], ROWS=TILE_ROWS, SCALED=scales.numel() > 0,
-        num_warps=LAUNCHES["decompress", 0].num_warps, num_stages=1,
+        scales, dense.shape[1], parts, lines, SLOTS=positions.shape[2], ROWS=TILE_ROWS,
+        SCALED=scaling(scales, dense.shape[1]), num_warps=LAUNCHES["decompress", 0].num_warps, num_stages=1,
     )  # fmt: skip
     return dense
 

@@ -1,4 +1,8 @@
-"""Device code of arbitrary patterns; the layout is that of sell.py, which launches these kernels."""
+"""Device code of arbitrary patterns; the layout is that of sell.py, which launches these kernels.
+
+Values are of the weight's dtype, int8, or int32 words of eight int4. SCALED: 0 no scales, 1 one per row, else columns
+per scale.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,20 @@ import triton
 import triton.language as tl
 
 from .common import pick
+
+
+@triton.jit
+def _values(values, row, there, SLOTS: tl.constexpr):
+    """Stored values of rows `row` [R] of SLOTS each, [R, SLOTS]. there: a mask [1, 1], or None."""
+    if values.dtype.element_ty == tl.int32:
+        place = row[:, None] * (SLOTS // 8) + tl.arange(0, SLOTS // 8)[None, :]
+        words = tl.load(values + place, mask=there, other=None if there is None else 0)
+        halves = (words[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
+        found = (tl.reshape(halves, [row.shape[0], SLOTS]) ^ 8) - 8
+    else:
+        place = row[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
+        found = tl.load(values + place, mask=there, other=None if there is None else 0)
+    return found
 
 
 @triton.jit
@@ -17,12 +35,13 @@ def gemv(
     """One part of one slice: partial sums of 1 or 2 tokens, one row per thread."""
     piece, part = tl.program_id(0), tl.program_id(1)
     line = piece * ROWS + tl.arange(0, ROWS)
-    slot = tl.arange(0, SLOTS)
-    inside = tl.arange(0, ROWS)[:, None] * SLOTS + slot[None, :]
+    row_inside = tl.arange(0, ROWS)
+    inside = row_inside[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
     column = tl.load(starts + part * lines + line)
     first = tl.load(offsets + piece * (parts + 1) + part)
     count = tl.load(offsets + piece * (parts + 1) + part + 1) - first
-    values += first.to(tl.int64) * (ROWS * SLOTS)
+    PER: tl.constexpr = 8 if values.dtype.element_ty == tl.int32 else 1
+    values += first.to(tl.int64) * (ROWS * SLOTS // PER)
     positions += first.to(tl.int64) * (ROWS * SLOTS)
     acc0 = tl.zeros([ROWS, SLOTS], tl.float32)
     acc1 = tl.zeros([ROWS, SLOTS], tl.float32)
@@ -32,7 +51,9 @@ def gemv(
             there = tl.full([1, 1], begin + u, tl.int32) < count
             # Beyond the part: zeros at the column that was last, which x has.
             position = tl.load(positions + chunk + inside, mask=there, other=0).to(tl.int32)
-            value = tl.load(values + chunk + inside, mask=there, other=0).to(tl.float32)
+            value = _values(values, (begin + u) * ROWS + row_inside, there, SLOTS).to(tl.float32)
+            if SCALED > 1:
+                value *= tl.load(scales + (column[:, None] + position) // SCALED * lines + line[:, None])
             pointer = x + column[:, None] + position
             acc0 += value * tl.load(pointer).to(tl.float32)
             if BATCH == 2:
@@ -42,7 +63,7 @@ def gemv(
     y1 = tl.sum(acc1, 1)
     row = tl.load(rows + line)
     stored = row >= 0
-    if SCALED:
+    if SCALED == 1:
         scale = tl.load(scales + line)
         y0 *= scale
         y1 *= scale
@@ -70,7 +91,8 @@ def batched(
     column = tl.load(starts + part * lines + line)
     first = tl.load(offsets + piece * (parts + 1) + part)
     count = tl.load(offsets + piece * (parts + 1) + part + 1) - first
-    values += first.to(tl.int64) * (ROWS * SLOTS)
+    PER: tl.constexpr = 8 if values.dtype.element_ty == tl.int32 else 1
+    values += first.to(tl.int64) * (ROWS * SLOTS // PER)
     positions += first.to(tl.int64) * (ROWS * SLOTS)
     acc = tl.zeros([ROWS, BATCH], tl.float32)
     for chunk in range(0, count):
@@ -78,13 +100,19 @@ def batched(
         for j in tl.static_range(SLOTS):
             # Slot by slot: a tile of them would have to change threads through shared memory.
             position = column + tl.load(positions + begin + inside + j).to(tl.int32)
-            value = tl.load(values + begin + inside + j).to(tl.float32)
+            if values.dtype.element_ty == tl.int32:
+                word = tl.load(values + (begin + inside) // 8 + j // 8)
+                value = (((word >> (j % 8 * 4)) & 15 ^ 8) - 8).to(tl.float32)
+            else:
+                value = tl.load(values + begin + inside + j).to(tl.float32)
+            if SCALED > 1:
+                value *= tl.load(scales + position // SCALED * lines + line)
             tokens = tl.load(x + position[:, None] * x_stride + token[None, :])
             acc += value[:, None] * tokens.to(tl.float32)
             if j == SLOTS - 1:
                 column = position
     row = tl.load(rows + line)
-    if SCALED:
+    if SCALED == 1:
         acc *= tl.load(scales + line)[:, None]
     if bias is not None:
         acc += tl.load(bias + row, mask=row >= 0, other=0.0).to(tl.float32)[:, None]
@@ -104,18 +132,21 @@ def decompress(
     inside = tl.arange(0, ROWS)[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
     column = tl.load(starts + part * lines + line)
     row = tl.load(rows + line)
-    scale = tl.load(scales + line) if SCALED else tl.full([ROWS], 1.0, tl.float32)
+    scale = tl.load(scales + line) if SCALED == 1 else tl.full([ROWS], 1.0, tl.float32)
     base = dense + tl.maximum(row, 0).to(tl.int64) * k
     first = tl.load(offsets + piece * (parts + 1) + part)
     count = tl.load(offsets + piece * (parts + 1) + part + 1) - first
-    values += first.to(tl.int64) * (ROWS * SLOTS)
+    PER: tl.constexpr = 8 if values.dtype.element_ty == tl.int32 else 1
+    values += first.to(tl.int64) * (ROWS * SLOTS // PER)
     positions += first.to(tl.int64) * (ROWS * SLOTS)
     for chunk in range(0, count):
         begin = chunk * (ROWS * SLOTS)
         position = tl.load(positions + begin + inside).to(tl.int32)
-        value = tl.load(values + begin + inside)
+        value = _values(values, chunk * ROWS + tl.arange(0, ROWS), None, SLOTS)
         # Fillers are zeros and may lie where a weight is: they are not written.
         there = (row >= 0)[:, None] & (value != 0)
         stored = value.to(tl.float32) * scale[:, None]
+        if SCALED > 1:
+            stored *= tl.load(scales + (column[:, None] + position) // SCALED * lines + line[:, None])
         tl.store(base[:, None] + (column[:, None] + position), stored.to(dense.dtype.element_ty), mask=there)
         column += pick(position, SLOTS - 1, SLOTS)
