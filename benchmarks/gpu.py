@@ -1,6 +1,7 @@
 """Our GPU kernels and torch's products, layer by layer: right first, then fast.
 
     python benchmarks/gpu.py --save                                all of it on an NVIDIA GPU, under 8 minutes
+    python benchmarks/gpu.py --tune                                launch settings for this card, into the user's cache
     TRITON_INTERPRET=1 python benchmarks/gpu.py --dry-run          everything but the clock, on a CPU, tiny layers
 
 Each result is compared with float64 on fresh random activations, in memory that held NaN before; what is wrong gets no
@@ -21,6 +22,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -204,6 +206,8 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, beside cuBLAS bf16")
     parser.add_argument("--batch", nargs="+", type=int)
     parser.add_argument("--minutes", type=float, default=7.5, help="no further weight is begun after this")
+    parser.add_argument("--tune", action="store_true", help="find launch settings for this card instead")
+    parser.add_argument("--to", type=Path, metavar="FILE", help="of --tune: write them here")
     parser.add_argument("--save", action="store_true", help="write results/gpu-DEVICE.csv, .json and .png")
     args = parser.parse_args()
     if args.dry_run and os.environ.get("TRITON_INTERPRET") != "1":
@@ -219,6 +223,10 @@ def main() -> int:
 
     device = torch.device("cpu" if args.dry_run else "cuda")
     shapes = DRY_SHAPES if args.dry_run else {s: SHAPES[s] for s in args.shapes or SHAPES if args.shapes or named(s)}
+    if args.tune:
+        from gpu_tune import tune_and_save
+
+        return tune_and_save(device, not args.dry_run, error_of, measure, args.to)
     names = list(dict.fromkeys(["cuBLAS bf16", *(args.kernels or [*PEERS, *OURS])]))
     batches = args.batch or list(DRY_BATCHES if args.dry_run else BATCHES)
     described = {"date": datetime.date.today().isoformat(), "machine": about(device)}

@@ -3,7 +3,8 @@
 For each shape, share of zeros and batch, every format the plan considers for such a weight, dense among them,
 takes turns (contest.py), and so does a read of plain memory: predictions are also made for the bandwidth of that
 moment, which on a shared machine is not that of the calibration. Fails if one of these, of what was chosen or came
-second, is more than 25% off, or if their choice is more than 10% slower than the best in hindsight.
+second, is more than 25% off, or if their choice is more than 10% slower than the best in hindsight. That is the best of
+the formats that a plan may take: those far slower than dense where prompts are processed, it leaves out.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def one(shape: str, kind: str, zeros: float, values: str | None, args: Any, prof
     weight = weight_of(kind, zeros, *SHAPES[shape])
     nnz = int(torch.count_nonzero(weight))
     group: dict[str, Contender] = {}
-    for p in plan.predictions(weight, nnz, Options(values=values), profile):
+    found = plan.predictions(weight, nnz, Options(values=values), profile)
+    allowed = {p.name for p in plan.fit_for_prompts(found, weight, nnz, profile)}
+    for p in found:
         if p.pack is None:
             group |= {c.name: c for c in dense(weight)}
         else:
@@ -76,7 +79,7 @@ def one(shape: str, kind: str, zeros: float, values: str | None, args: Any, prof
         measure([probe, *group.values()], x, args.seconds)
         now = dataclasses.replace(profile, bandwidth=READ_BYTES / probe.seconds)
         group["dense"] = min((c for name, c in group.items() if name.startswith("dense ")), key=lambda c: c.seconds)
-        best = min(c.seconds for c in group.values() if not c.problem)
+        best = min(c.seconds for name, c in group.items() if not c.problem and name in allowed)
         decision, informed = (plan.choose(weight, Options(values=values, batch=batch), m) for m in (profile, now))
         chosen, chosen_then = (d.chosen.name if d.chosen else "dense" for d in (decision, informed))
         second = sorted(decision.predictions, key=lambda p: p.seconds)[:2]

@@ -1,7 +1,8 @@
 """Compile the GPU kernels where there is no GPU, and hold the machine code to what is promised of it.
 
-    python tools/gpu_offline.py            every kernel, configuration and target
-    python tools/gpu_offline.py --quick    the few that `make test` looks at
+    python tools/gpu_offline.py                   every kernel, configuration and target
+    python tools/gpu_offline.py --quick           the few that `make test` looks at
+    python tools/gpu_offline.py --settings FILE   as tuned for a card, by benchmarks/gpu.py --tune
 
 NVIDIA code is checked: no register spills, weights read 16 bytes at a time, no barrier in the loop of a
 GEMV, and instructions of the loop per weight under the kernel's BUDGET. AMD code is only compiled.
@@ -37,6 +38,7 @@ from sparse_backend.kernels.triton import (
     sell_kernels,
     ternary,
     ternary_kernels,
+    tuning,
 )
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -103,8 +105,15 @@ BITS = {"bf16": 16, "fp16": 16, "int8": 8, "int4": 4}
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "int8": "*i8", "int4": "*i32"}
 
 
+_file: Path | None = None  # of settings tuned for a card
+
+
+def launches_of(family: str) -> tuning.Launches:
+    return tuning.defaults(family) if _file is None else tuning.load(_file)[family]
+
+
 def nm_case(kept: int, kind: str, form: str, batch: int, masked: bool) -> Case:
-    setting, bits = nm.LAUNCHES[form, batch], BITS[kind]
+    setting, bits = launches_of("nm")[form, batch], BITS[kind]
     slots = nm.slots_of(kept, bits)
     groups, chunks = nm.geometry(kept, slots)
     gemv = form == "gemv"
@@ -137,7 +146,7 @@ def nm_cases(quick: bool) -> Iterator[Case]:
         return
     for kept, kind in ((8, "bf16"), (8, "fp16"), (8, "int8"), (8, "int4"), (6, "bf16"), (6, "int8"), (6, "int4"),
                        (4, "bf16"), (4, "int8"), (4, "int4")):  # fmt: skip
-        for form, batch in nm.LAUNCHES:
+        for form, batch in launches_of("nm"):
             for masked in (False, True) if batch in (1, 2, 16) else (False,):
                 yield nm_case(kept, kind, form, batch, masked)
 
@@ -154,7 +163,7 @@ def sell_cases(quick: bool) -> Iterator[Case]:
             "scales": "*fp32",
         }  # fmt: skip
         integers = dict.fromkeys(("m", "n", "x_stride", "parts", "lines"), "i32")
-        for (form, batch), setting in sell.LAUNCHES.items():
+        for (form, batch), setting in launches_of("sell").items():
             if quick and (form, batch) != ("gemv", 1):
                 continue
             name = f"sell {kind}{f' groups of {scaled}' if scaled > 1 else ''} {form}{batch or ''}"
@@ -174,7 +183,7 @@ def ternary_cases(quick: bool) -> Iterator[Case]:
     rows = common.TILE_ROWS
     integers = dict.fromkeys(("rows", "n", "columns", "chunks", "scale_stride", "splits"), "i32")
     types = {"sums": "*i32", "words": "*i32", "scales": "*fp32", "out": "*fp32", **integers}
-    for (form, batch), setting in ternary.LAUNCHES.items():
+    for (form, batch), setting in launches_of("ternary").items():
         if form == "decompress":
             continue
         for size in (0,) if quick else (0, 128, 32):
@@ -217,7 +226,7 @@ def block_cases(quick: bool) -> Iterator[Case]:
     for kind in ("bf16",) if quick else ("bf16", "int8", "int4"):
         weights = {"values": POINTERS[kind], "columns": "*i32", "offsets": "*i32", "scales": "*fp32"}
         integers = dict.fromkeys(("m", "n", "k", "x_stride", "scale_stride"), "i32")
-        for (form, batch), setting in block.LAUNCHES.items():
+        for (form, batch), setting in launches_of("block").items():
             if quick and (form, batch) not in (("gemv", 1), ("dot", 16)):
                 continue
             constants = {"STEP": setting.groups, "SCALED": int(BITS[kind] < 16)}
@@ -247,6 +256,13 @@ def cases(quick: bool) -> list[Case]:
         types = {"partial": "*fp32", "bias": "*bf16", "y": "*bf16", "m": "i32", "n": "i32", "splits": "i32"}
         found.append(Case("finish", common._finish, types, {"BLOCK": common.FINISH_BLOCK}, 4, wide=False))
     return found
+
+
+def cases_with(file: Path | None, quick: bool) -> list[Case]:
+    """The cases under the settings of a file, or the defaults."""
+    global _file
+    _file = file
+    return cases(quick)
 
 
 def compiled(case: Case, target: GPUTarget) -> Any:
@@ -314,11 +330,13 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--only", default="", help="kernels whose name holds this")
+    parser.add_argument("--settings", type=Path, nargs="+", default=[], metavar="FILE", help="tuned for a card")
     arguments = parser.parse_args()
     print(f"triton {triton.__version__}; instructions of the main loop per stored weight (nm dot: per position)")
     print(f"{'kernel':34} {'target':7} {'instr.':>7} {'budget':>7} {'regs':>5} {'16-byte':>8} {'barriers':>9}  verdict")
     start, failures, count = time.monotonic(), 0, 0
-    for case in cases(arguments.quick):
+    files = [None, *([] if arguments.quick else sorted(tuning.SHIPPED.glob("*.json"))), *arguments.settings]
+    for case in (case for file in files for case in cases_with(file, arguments.quick)):
         if arguments.only not in case.name:
             continue
         # Quick: the loop of every GEMV on every architecture, the rest on Hopper.

@@ -48,9 +48,9 @@ _CACHED_BYTES = 16 << 20
 # Read before each turn from memory. Caches keep some of what they were given before: it takes several times their size.
 _FILLER_BYTES = 128 << 20
 # Seconds to spend on one hot number, and the fewest and most calls it may come from; turns from memory.
-_SECONDS = 0.007
+_SECONDS = 0.005
 _CALLS = (4, 80)
-_COLD_ROUNDS = 10
+_COLD_ROUNDS = 8
 # What is tried for KernelCost.exponent and scale.
 _EXPONENTS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 _SCALES = tuple(np.linspace(0.6, 1.5, 91).tolist())
@@ -250,8 +250,8 @@ class _Measured:
             self.rows = _MANY_ROWS if large <= _CACHED_BYTES else _ROWS
             self.products = [[(self._product(d, self.rows), self._product(d, _FEW_ROWS)) for d in self.densities]]
         self.hot = [[[math.inf] * len(BATCHES) for _ in self.densities] for _ in self.products]
-        # Per alternative, density and batch of _COLD_BATCHES: seconds from memory, bandwidth, and from the cache.
-        self.cold: list[list[dict[int, list[tuple[float, float, float]]]]] = [
+        # Per alternative, density and batch of _COLD_BATCHES: (seconds, bandwidth of that moment).
+        self.cold: list[list[dict[int, list[tuple[float, float]]]]] = [
             [{m: [] for m in _COLD_BATCHES} for _ in self.densities] for _ in self.products
         ]
         self.measure_hot()
@@ -264,20 +264,14 @@ class _Measured:
                     times[i] = min(times[i], max(_sample(partial(product, x)) - self.overhead, 1e-7))
 
     def measure_cold(self, batch: int, bandwidth: float) -> None:
-        """Time every product, its weight in memory, which just now gives `bandwidth` bytes per second, and again.
-
-        A shared machine's processor has fast and slow moments, too: what is compared is of the same.
-        """
+        """Time every product once, its weight in memory, which just now gives `bandwidth` bytes per second."""
         x = self.xs[BATCHES.index(batch)]
         for products, cold in zip(self.products, self.cold, strict=True):
             for (product, few), times in zip(products, cold, strict=True):
                 few(x)
                 start = time.perf_counter()
                 product(x)
-                middle = time.perf_counter()
-                product(x)
-                seconds, again = middle - start - self.overhead, time.perf_counter() - middle - self.overhead
-                times[batch].append((max(seconds, 1e-7), bandwidth, max(again, 1e-7)))
+                times[batch].append((max(time.perf_counter() - start - self.overhead, 1e-7), bandwidth))
 
     def _product(self, density: float, rows: int) -> Product:
         weight = _weight(density, blocks=self.format == "block")[:rows]
@@ -297,25 +291,29 @@ class _Measured:
             tuple(min(hot[d][i] for hot in self.hot) / positions for i in range(len(BATCHES)))
             for d in range(len(self.densities))
         ]
-        exponents, scales = zip(*map(self._fit_memory, _COLD_BATCHES), strict=True)
+        exponents, scales = zip(*(self._fit_memory(batch, compute) for batch in _COLD_BATCHES), strict=True)
 
         def everywhere(points: tuple[float, ...]) -> tuple[float, ...]:
             return tuple(np.interp(BATCHES, _COLD_BATCHES, points).tolist())
 
         return KernelCost(self.densities, tuple(compute), everywhere(exponents), everywhere(scales))
 
-    def _fit_memory(self, batch: int) -> tuple[float, float]:
+    def _fit_memory(self, batch: int, compute: list[tuple[float, ...]]) -> tuple[float, float]:
         """(exponent, scale) that come nearest to the times from memory."""
+        shape, i = (self.rows, _COLUMNS), BATCHES.index(batch)
         positions = self.rows * _COLUMNS
         points = []
         for d, density in enumerate(self.densities):
-            read = machine_bytes(self.format, self.values, (self.rows, _COLUMNS), positions * density)
-            alternative = min(self.cold, key=lambda cold: statistics.median(seconds for seconds, *_ in cold[d][batch]))
-            _, *typical = statistics.median_low(
-                (seconds / (read / rate + hot), seconds, read / rate, hot)
-                for seconds, rate, hot in alternative[d][batch]
+            hot = positions * compute[d][i]
+            read = machine_bytes(self.format, self.values, shape, positions * density)
+            typical = (
+                statistics.median_low(
+                    (seconds / (read / rate + hot), seconds, read / rate) for seconds, rate in cold[d][batch]
+                )
+                for cold in self.cold
             )
-            points.append(typical)
+            _, seconds, memory = min(typical)
+            points.append((seconds, memory, hot))
 
         def distance(exponent: float, scale: float) -> float:
             off = [math.log(scale * both(memory, hot, exponent) / seconds) for seconds, memory, hot in points]

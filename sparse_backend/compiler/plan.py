@@ -117,6 +117,16 @@ def profile_of(device: torch.device) -> AnyProfile:
     return gpu_profile(device) if device.type == "cuda" else current_profile()
 
 
+def fit_for_prompts(
+    found: Collection[Prediction], weight: torch.Tensor, nnz: int, profile: AnyProfile
+) -> list[Prediction]:
+    """Of `predictions`, dense and those that are not far slower than it where prompts are processed."""
+    shape = (weight.shape[0], weight.shape[1])
+    dense = next(p for p in found if p.format == "dense")
+    limit = PREFILL_LIMIT * _at_prefill(profile, dense, weight, nnz, shape)
+    return [p for p in found if p is dense or _at_prefill(profile, p, weight, nnz, shape) <= limit]
+
+
 def pack(weight: torch.Tensor, options: Options, device: torch.device | None = None) -> tuple[PackedWeight | None, str]:
     """Pack one weight as `choose` says: (packed or None for dense, reason).
 
@@ -178,9 +188,7 @@ def choose(
         # The function it was trained for, and the same one on every rank, whatever its shard's zeros.
         allowed = [p for p in found if p.format == "ternary"]
     else:
-        shape = (weight.shape[0], weight.shape[1])
-        limit = PREFILL_LIMIT * _at_prefill(profile, dense, weight, nnz, shape)
-        allowed = [p for p in found if p is dense or _at_prefill(profile, p, weight, nnz, shape) <= limit]
+        allowed = fit_for_prompts(found, weight, nnz, profile)
     # Without what every call costs, or small weights would all be ties.
     net = {id(p): p.seconds - profile.overhead for p in allowed}
     fastest = min(net.values())

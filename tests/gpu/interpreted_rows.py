@@ -11,6 +11,7 @@ import sparse_backend as sb
 from sparse_backend.compiler import prune
 from sparse_backend.formats import naive_linear
 from sparse_backend.kernels import registry
+from sparse_backend.kernels.triton import tuning
 
 
 def example(form):
@@ -56,3 +57,46 @@ def test_what_is_not_there_is_an_error():
         registry.select("nm", "cuda", torch.float32)
     with pytest.raises(sb.IsaError, match="is one of CPUs"):
         example("nm").lower("cuda", isa="avx2")
+
+
+@pytest.mark.parametrize("row", registry.rows("cuda"), ids=lambda row: row.format)
+def test_torch_compile_takes_a_layer_whole(row):
+    layer = sb.SparseLinear(example(row.format).lower("cuda"), torch.randn(20))
+    for backend in ("eager", "aot_eager"):  # no code is generated: what is tested is that nothing breaks the graph
+        compiled = torch.compile(layer, fullgraph=True, backend=backend)
+        for tokens in (1, 2, 5):
+            x = torch.randn(tokens, 64)
+            assert torch.equal(compiled(x), layer(x))
+    torch._dynamo.reset()
+
+
+def test_tuned_settings_are_kept_per_card_and_used(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert tuning.file_of("NVIDIA H200") is None
+    file = tuning.user_file("NVIDIA H200")
+    assert file.name == "gpu-nvidia-h200.json"
+    settings = {family: dict(tuning.defaults(family)) for family in tuning.FAMILIES}
+    other = next(launch for launch in tuning.grid("nm", ("gemv", 1)) if launch != settings["nm"]["gemv", 1])
+    settings["nm"]["gemv", 1] = other
+    tuning.save(file, "NVIDIA H200", settings)
+    assert tuning.file_of("NVIDIA H200") == file
+    assert tuning.load(file) == settings
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    assert tuning.launches(torch.device("cuda:7"), "nm")["gemv", 1] == other
+    assert tuning.launches(torch.device("cuda:7"), "sell") == tuning.defaults("sell")
+    tuning._launches.cache_clear()
+    # Every setting there is to try gives the same product.
+    packed, x = example("nm"), torch.randn(1, 64)
+    for launch in tuning.grid("nm", ("gemv", 1)):
+        with tuning.trying("nm", ("gemv", 1), launch):
+            assert torch.allclose(run(packed.lower("cuda"), x).double(), naive_linear(x, packed), atol=1e-4)
+
+
+@pytest.mark.parametrize("text", [
+    "", "{}", '{"version": 0, "kernels": {}}', '{"version": 1, "kernels": {"nm/gemv/1": [3, 3, 3]}}',
+    '{"version": 1, "kernels": {"nm/gemm/1": [2, 4, 4]}}', '{"version": 1, "kernels": {"gemv": 1}}',
+])  # fmt: skip
+def test_a_file_of_settings_that_are_none_is_named(tmp_path, text):
+    (tmp_path / "card.json").write_text(text)
+    with pytest.raises(sb.OptionError, match=r"card\.json: holds no launch settings .*remove it"):
+        tuning.load(tmp_path / "card.json")

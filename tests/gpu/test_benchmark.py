@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -36,3 +37,11 @@ def test_a_dry_run_checks_every_kernel():
     for kernel in ("cuBLAS bf16", "8:16 bf16 (50%)", "sell bf16 (90%)", "ternary 2-bit, int8 x", "block bf16 (50%)"):
         assert lines[kernel].count("error") == 3
     assert "does not run here" in lines["2:4 bf16 (torch)"]
+
+
+def test_tuning_checks_settings_and_keeps_them(tmp_path):
+    result = run("--tune", "--dry-run", "--to", str(tmp_path / "card.json"), interpret=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    kernels = json.loads((tmp_path / "card.json").read_text())["kernels"]
+    assert kernels["nm/gemv/1"] == [2, 4, 4]
+    assert {name.partition("/")[0] for name in kernels} == {"nm", "sell", "ternary", "block"}

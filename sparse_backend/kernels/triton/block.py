@@ -33,6 +33,7 @@ from .common import (
     split_words,
     value_bits,
 )
+from .tuning import launches
 
 SIZE = 16
 MAX_GEMV, MAX_DOT = 2, 64
@@ -47,6 +48,14 @@ LAUNCHES = {
     ("dot", 64): Launch(groups=8, unroll=1, num_warps=4),
     ("decompress", 0): Launch(groups=8, unroll=1, num_warps=4),
 }
+
+# What tuning.py may try, by kernel: groups, unroll, warps.
+GRID = {
+    "gemv": ((2, 4, 8), (1, 2, 4), (2, 4, 8)),
+    "dot": ((4, 8, 16), (1,), (2, 4, 8)),
+    "decompress": ((4, 8, 16), (1,), (4, 8)),
+}
+MOST_STEPS = 16
 
 # Instructions of the loop per stored weight, by (kernel, batch); tools/gpu_offline.py asserts them for sm_80, sm_90 and
 # sm_100. An H200 issues about 14 per bf16 weight in the time it reads one, 7 per int8 weight.
@@ -116,7 +125,7 @@ def linear(
         m, n = y.shape
         scaled = scaling(scales, k)
         form, batch = ("gemv", m) if m <= MAX_GEMV else ("dot", max(16, triton.next_power_of_2(m)))
-        setting = LAUNCHES[form, batch]
+        setting = launches(x.device, "block")[form, batch]
         if form == "gemv":
             kernel, step = block_kernels.gemv, setting.groups
             slots = 16 if values.dtype == torch.int8 else 8
@@ -153,7 +162,7 @@ def decompress(
     dense: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
     """Fill dense [N, K] with the weight, rounded once to dense's dtype."""
-    (n, k), strips, setting = dense.shape, offsets.shape[0] - 1, LAUNCHES["decompress", 0]
+    (n, k), strips, setting = dense.shape, offsets.shape[0] - 1, launches(dense.device, "block")["decompress", 0]
     splits = splits_for(strips, -(-values.shape[0] // (strips * setting.groups)))
     launch(
         block_kernels.decompress, (strips, splits), dense.zero_(), values, columns, offsets, scales,

@@ -42,6 +42,7 @@ from .common import (
     splits_for,
     value_bits,
 )
+from .tuning import launches
 
 GROUP = 16  # columns that a position of 4 bits can number
 PAD = 8  # supergroups: every launch's step divides it
@@ -56,6 +57,14 @@ LAUNCHES = {
     ("dot", 64): Launch(groups=0, unroll=1, num_warps=4),
     ("decompress", 0): Launch(groups=0, unroll=1, num_warps=4),
 }
+
+# What tuning.py may try, by kernel: groups, unroll, warps. A loop's step divides what K is padded to.
+GRID = {
+    "gemv": ((1, 2, 4), (1, 2, 4, 8), (2, 4, 8)),
+    "dot": ((0,), (1,), (4, 8)),
+    "decompress": ((0,), (1,), (4, 8)),
+}
+MOST_STEPS = PAD
 
 # Instructions of the loop, by (kernel, batch, bits of values); tools/gpu_offline.py asserts them for sm_80, sm_90 and
 # sm_100. Of gemv per stored weight, of dot per position: it decodes zeros too. An H200 issues about 7 per byte it
@@ -195,7 +204,7 @@ def linear(
         m = x2.shape[0]
         gemv = m <= MAX_GEMV
         bucket = ("gemv", m) if gemv else ("dot", max(16, triton.next_power_of_2(m)))
-        constants = _constants(values, positions, scales, k, LAUNCHES[bucket], not gemv)
+        constants = _constants(values, positions, scales, k, launches(x.device, "nm")[bucket], not gemv)
         if gemv:
             group_bytes = GROUP * x.element_size()
             constants["ALIGNED"] = x2.data_ptr() % group_bytes == 0 and (m == 1 or x2.stride(0) % GROUP == 0)
@@ -221,7 +230,7 @@ def decompress(
 ) -> torch.Tensor:
     """Fill dense [N, K] with the weight, rounded once to dense's dtype."""
     (n, k), (tiles, supers) = dense.shape, values.shape[:2]
-    constants = _constants(values, positions, scales, k, LAUNCHES["decompress", 0], True)
+    constants = _constants(values, positions, scales, k, launches(dense.device, "nm")["decompress", 0], True)
     grid = (tiles, supers // constants["GROUPS"])
     if k:
         launch(

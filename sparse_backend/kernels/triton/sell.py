@@ -42,6 +42,7 @@ from .common import (
     split_words,
     value_bits,
 )
+from .tuning import launches
 
 MAX_GEMV, MAX_BATCH = 2, 64
 _REACH = 255  # columns that one byte of position goes
@@ -54,6 +55,10 @@ LAUNCHES = {
     ("batched", 16): Launch(groups=1, unroll=1, num_warps=4),
     ("decompress", 0): Launch(groups=1, unroll=1, num_warps=2),
 }
+
+# What tuning.py may try, by kernel: groups, unroll, warps. A thread owns a row of 64.
+GRID = {"gemv": ((1,), (1, 2, 4, 8), (2,)), "batched": ((1,), (1,), (2, 4, 8)), "decompress": ((1,), (1,), (2, 4))}
+MOST_STEPS = 8
 
 # Instructions of the loop per stored weight, by (kernel, tokens, bits of values); tools/gpu_offline.py asserts them for
 # sm_80, sm_90 and sm_100. An H200 issues about 7 per byte it reads: 21 per bf16 weight, 14 per int8 weight, 10 per int4
@@ -201,11 +206,11 @@ def linear(
         m, n = y.shape
         if m <= MAX_GEMV:
             kernel, batch, blocks = sell_kernels.gemv, m, 1
-            setting = LAUNCHES["gemv", m]
+            setting = launches(x.device, "sell")["gemv", m]
         else:
             kernel, batch, blocks = sell_kernels.batched, 16, -(-m // 16)
             x2 = torch.nn.functional.pad(x2, (0, 0, 0, -m % 16)).t().contiguous()
-            setting = LAUNCHES["batched", 16]
+            setting = launches(x.device, "sell")["batched", 16]
 
         def run(bias: torch.Tensor | None, out: torch.Tensor) -> None:
             launch(
@@ -229,11 +234,12 @@ def decompress(
     scales: torch.Tensor,
 ) -> torch.Tensor:
     """Fill dense [N, K] with the weight, rounded once to dense's dtype."""
+    setting = launches(dense.device, "sell")["decompress", 0]
     parts, lines = starts.shape
     launch(
         sell_kernels.decompress, (lines // TILE_ROWS, parts), dense.zero_(), values, positions, starts, offsets, rows,
         scales, dense.shape[1], parts, lines, SLOTS=positions.shape[2], ROWS=TILE_ROWS,
-        SCALED=scaling(scales, dense.shape[1]), num_warps=LAUNCHES["decompress", 0].num_warps, num_stages=1,
+        SCALED=scaling(scales, dense.shape[1]), num_warps=setting.num_warps, num_stages=1,
     )  # fmt: skip
     return dense
 

@@ -39,6 +39,7 @@ from .common import (
     scratch,
     splits_for,
 )
+from .tuning import launches
 
 CHUNK = 64  # columns of 16 bytes
 PAD = 8  # chunks: every launch's step divides it
@@ -58,6 +59,14 @@ LAUNCHES = {
     ("dot", 64): Launch(groups=2, unroll=1, num_warps=4),
     ("decompress", 0): Launch(groups=2, unroll=1, num_warps=4),
 }
+
+# What tuning.py may try, by kernel: groups, unroll, warps. A loop's step divides what K is padded to.
+GRID = {
+    "gemv": ((1, 2, 4), (1, 2, 4, 8), (2, 4, 8)),
+    "dot": ((1, 2, 4), (1,), (4, 8)),
+    "decompress": ((1, 2, 4), (1,), (4, 8)),
+}
+MOST_STEPS = PAD
 
 # Instructions of the loop per weight, by (kernel, rows of limbs, scales of groups); tools/gpu_offline.py asserts them
 # for sm_80, sm_90 and sm_100. An H200 issues about 1.7 per 2-bit weight in the time it reads one; half of that if they
@@ -179,7 +188,7 @@ def linear(
         dense = decompress(scratch(codes, (tiles * TILE_ROWS, chunks * CHUNK)), words, scales)
         _finish(torch._int_mm(codes[:m], dense.T)[None], steps, scales, bias, y, 1, False)
         return y.view(*x.shape[:-1], n)
-    setting = LAUNCHES[form, batch]
+    setting = launches(x.device, "ternary")[form, batch]
     constants = {"BATCH": batch, "ROWS": TILE_ROWS, "UNIT": unit, "SCALED": size, "num_warps": setting.num_warps}
     if form == "gemv":
         kernel, codes, groups = ternary_kernels.gemv, codes.view(torch.int32), setting.groups
@@ -219,7 +228,7 @@ def quantise(
 
 def decompress(dense: torch.Tensor, words: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Fill dense [N, K] with the weight, rounded once to dense's dtype, or, if that is int8, with -1, 0, 1."""
-    (n, k), (tiles, chunks), setting = dense.shape, words.shape[:2], LAUNCHES["decompress", 0]
+    (n, k), (tiles, chunks), setting = dense.shape, words.shape[:2], launches(dense.device, "ternary")["decompress", 0]
     launch(
         ternary_kernels.decompress, (tiles, chunks // setting.groups), dense, words, scales,
         n, k, chunks, scales.shape[1], ROWS=TILE_ROWS, GROUPS=setting.groups, SCALED=scale_group(scales, chunks),
