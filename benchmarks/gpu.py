@@ -206,7 +206,7 @@ def main() -> int:
     parser.add_argument("--kernels", nargs="+", metavar="NAME", help="only these, beside cuBLAS bf16")
     parser.add_argument("--batch", nargs="+", type=int)
     parser.add_argument("--minutes", type=float, default=7.5, help="no further weight is begun after this")
-    parser.add_argument("--tune", action="store_true", help="find launch settings for this card instead")
+    parser.add_argument("--tune", action="store_true", help="find launch settings for this card instead, on 17408x5120")
     parser.add_argument("--to", type=Path, metavar="FILE", help="of --tune: write them here")
     parser.add_argument("--save", action="store_true", help="write results/gpu-DEVICE.csv, .json and .png")
     args = parser.parse_args()

@@ -79,6 +79,7 @@ def ternary(weight: torch.Tensor) -> torch.Tensor:
 OURS: dict[str, tuple[Callable[[torch.Tensor], torch.Tensor], sb.Options]] = {
     "8:16 bf16 (50%)": (lambda w: pruned_nm(w, 8, 16), sb.Options(format="nm", pattern="8:16")),
     "8:16 int8 (50%)": (lambda w: pruned_nm(w, 8, 16), sb.Options(format="nm", pattern="8:16", values="int8")),
+    "8:16 int4 (50%)": (lambda w: pruned_nm(w, 8, 16), sb.Options(format="nm", pattern="8:16", values="int4")),
     "4:16 bf16 (75%)": (lambda w: pruned_nm(w, 4, 16), sb.Options(format="nm", pattern="4:16")),
     "sell bf16 (90%)": (lambda w: pruned(w, 0.9), sb.Options(format="sell")),
     "ternary 2-bit, int8 x": (ternary, sb.Options(format="ternary", bits=2, activations="int8")),

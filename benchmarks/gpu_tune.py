@@ -13,7 +13,7 @@ from rich.progress import track
 
 from sparse_backend.kernels.triton import tuning
 
-# Which contender of gpu_contenders.py stands for a family, and what its batch is for a kernel's rows.
+# Which contender of gpu_contenders.py stands for a family; its batch is the rows of a kernel.
 EXAMPLES = {
     "nm": "8:16 bf16 (50%)", "sell": "sell bf16 (90%)", "ternary": "ternary 2-bit, int8 x", "block": "block bf16 (50%)",
 }  # fmt: skip
@@ -32,7 +32,7 @@ def tune(device: torch.device, timed: bool, error_of: Any, measure: Any) -> dict
         chosen = dict(tuning.defaults(family))
         for key in track(chosen, f"{family}: kernels", disable=not sys.stderr.isatty()):
             if key[0] == "decompress":
-                continue  # most of that time is the product's
+                continue
             x = torch.randn(key[1], k, device=device).bfloat16()
             settings = list(dict.fromkeys([chosen[key], *tuning.grid(family, key)]))
             times = {}

@@ -82,7 +82,8 @@ def linear(x: torch.Tensor, weight: PackedWeight | MachineWeight, bias: torch.Te
         bias: [N] or None.
 
     Returns:
-        [..., N] in x's dtype. A row's result does not depend on the batch it is in.
+        [..., N] in x's dtype. On CPUs a row's result does not depend on the batch it is in; on GPUs it depends on the
+        kernel that serves so many tokens.
     """
     device = str(x.device) if x.is_cuda else "cpu"
     machine = weight.lower(device) if isinstance(weight, PackedWeight) else weight

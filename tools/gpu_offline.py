@@ -185,6 +185,7 @@ def ternary_cases(quick: bool) -> Iterator[Case]:
     types = {"sums": "*i32", "words": "*i32", "scales": "*fp32", "out": "*fp32", **integers}
     for (form, batch), setting in launches_of("ternary").items():
         if form == "decompress":
+            decompression = setting
             continue
         for size in (0,) if quick else (0, 128, 32):
             if (quick and batch not in (1, 16)) or batch > ternary.most_rows(size):
@@ -207,10 +208,9 @@ def ternary_cases(quick: bool) -> Iterator[Case]:
     if not quick:
         weights = {"words": "*i32", "scales": "*fp32", "n": "i32", "k": "i32", "chunks": "i32", "scale_stride": "i32"}
         for kind in ("bf16", "i8"):
-            fixed = {"ROWS": rows, "GROUPS": 2, "SCALED": 0, "CODES": kind == "i8"}
-            yield Case(
-                f"ternary decompress {kind}", ternary_kernels.decompress, {"dense": f"*{kind}", **weights}, fixed, 4
-            )
+            fixed = {"ROWS": rows, "GROUPS": decompression.groups, "SCALED": 0, "CODES": kind == "i8"}
+            types = {"dense": f"*{kind}", **weights}
+            yield Case(f"ternary decompress {kind}", ternary_kernels.decompress, types, fixed, decompression.num_warps)
         tokens = {"x": "*bf16", "codes": "*i8", "sums": "*i32", "steps": "*fp32"}
         types = {**tokens, "k": "i32", "columns": "i32", "x_stride": "i32"}
         parts = {"partial": "*fp32", "steps": "*fp32", "scales": "*fp32", "bias": "*bf16", "y": "*bf16"}
@@ -223,25 +223,28 @@ def ternary_cases(quick: bool) -> Iterator[Case]:
 
 
 def block_cases(quick: bool) -> Iterator[Case]:
-    for kind in ("bf16",) if quick else ("bf16", "int8", "int4"):
+    kinds = (("bf16", 0), ("int8", 1), ("int8", 128), ("int4", 1), ("int4", 128))
+    for kind, scaled in kinds[:1] if quick else kinds:
         weights = {"values": POINTERS[kind], "columns": "*i32", "offsets": "*i32", "scales": "*fp32"}
         integers = dict.fromkeys(("m", "n", "k", "x_stride", "scale_stride"), "i32")
         for (form, batch), setting in launches_of("block").items():
             if quick and (form, batch) not in (("gemv", 1), ("dot", 16)):
                 continue
-            constants = {"STEP": setting.groups, "SCALED": int(BITS[kind] < 16)}
-            name = f"block {kind} {form}{batch or ''}"
-            wide = kind != "int4"
+            step = 1 if form == "dot" and scaled > 1 else setting.groups
+            constants = {"STEP": step, "SCALED": scaled}
+            name = f"block {kind}{f' groups of {scaled}' if scaled > 1 else ''} {form}{batch or ''}"
+            wide = kind != "int4" and step > 1  # one block has 4 bytes for each thread
             if form == "decompress":
                 types = {"dense": "*bf16", **weights, "n": "i32", "k": "i32", "scale_stride": "i32"}
+                constants["STEP"] = block.decompress_step(setting, kind == "int4")
                 yield Case(name, block_kernels.decompress, types, constants, setting.num_warps, wide=wide)
                 continue
             constants |= {"BATCH": batch, "MASK_K": False, "bias": None}
             types = {"x": "*bf16", **weights, "out": "*fp32", **integers}
-            per_thread = setting.groups * setting.unroll * 256 / (32 * setting.num_warps)
+            per_thread = step * setting.unroll * 256 / (32 * setting.num_warps)
             if form == "gemv":
                 constants |= {"SLOTS": 16 if kind == "int8" else 8, "UNROLL": setting.unroll}
-                budget = block.BUDGET[form, batch]
+                budget = block.BUDGET[form, batch] + (block.SCALES_OF_GROUPS if scaled > 1 else 0)
                 yield Case(
                     name, block_kernels.gemv, types, constants, setting.num_warps, per_thread, budget, False, wide
                 )

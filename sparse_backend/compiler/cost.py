@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from ..errors import OptionError
 
@@ -137,6 +137,9 @@ class Profile:
         batches: numbers of tokens that were measured, ascending.
         kernels: by "format/values".
     """
+
+    # What prompts are judged by: the most tokens that are measured.
+    prompt_tokens: ClassVar[int] = 64
 
     machine: str
     fingerprint: str

@@ -2,19 +2,19 @@
 
 A kernel takes the longer of two times, as thousands of threads hide one behind the other: its bytes over the memory's
 bandwidth, and its instructions over the rate at which the GPU issues them. Both rates follow from the card's
-properties. Instructions per weight are those that tools/gpu_offline.py counts in compiled code for sm_90. None of it
-has been checked on a GPU yet: it ranks formats, and is no promise of a time.
+properties. Instructions per weight are those that tools/gpu_offline.py counted in code for sm_90 (Triton 3.9). None of
+it has been checked on a GPU yet: it ranks formats, and is no promise of a time.
 """
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-# Tokens up to which one kernel serves, the buckets of kernels/triton. Prompts of more are decompressed for torch.
+# Tokens up to which one kernel serves, the buckets of kernels/triton. More are decompressed for torch's product.
 BUCKETS = (1, 2, 16, 32, 64)
 # Seconds of a launch inside a CUDA graph.
 _OVERHEAD = 2e-6
@@ -31,45 +31,48 @@ class GpuKernel:
     Attributes:
         nbytes: read per stored weight.
         stored, position: instructions per stored weight and per position, for each of BUCKETS.
+        scales: bytes of scales read per position.
     """
 
     nbytes: float
     stored: tuple[float, ...] = (0.0,) * len(BUCKETS)
     position: tuple[float, ...] = (0.0,) * len(BUCKETS)
+    scales: float = 0.0
 
 
-def _nm(nbytes: float, one: float, two: float, dot: tuple[float, ...]) -> GpuKernel:
-    return GpuKernel(nbytes, (one, two, 0, 0, 0), (0, 0, *dot))
+# int4 comes with scales of 128 columns unless options say otherwise; its counts are for those.
+_INT4 = 4 / 128
 
 
-def _sell(nbytes: float, one: float, two: float) -> GpuKernel:
-    return GpuKernel(nbytes * 1.1, (one, two, 60, 120, 240))  # a tenth is padding
+def _nm(nbytes: float, one: float, two: float, dot: tuple[float, ...], scales: float = 0.0) -> GpuKernel:
+    return GpuKernel(nbytes, (one, two, 0, 0, 0), (0, 0, *dot), scales)
 
 
-def _block(nbytes: float, dot: tuple[float, ...] = (3.3, 4.0, 5.5)) -> GpuKernel:
-    return GpuKernel(nbytes, (7.0, 10.0, *dot))
+def _sell(nbytes: float, one: float, two: float, sixteen: float = 59.0, scales: float = 0.0) -> GpuKernel:
+    # A tenth is padding.
+    return GpuKernel(nbytes * 1.1, (one, two, sixteen, 2 * sixteen, 4 * sixteen), scales=scales)
 
 
+_HALVES = {
+    "nm": _nm(2.5, 8.9, 14.7, (10.9, 12.4, 14.0)),
+    "sell": _sell(3.0, 9.2, 14.0),
+    "block": GpuKernel(2.0, (6.2, 9.0, 3.3, 4.0, 5.5)),
+}
 KERNELS: dict[str, GpuKernel] = {
-    "nm/bf16": _nm(2.5, 8.9, 14.7, (12.0, 12.5, 14.0)),
-    "nm/fp16": _nm(2.5, 8.9, 14.7, (12.0, 12.5, 14.0)),
-    "nm/int8": _nm(1.5, 8.0, 13.5, (12.0, 12.5, 14.0)),
-    "nm/int4": _nm(1.0, 13.3, 19.5, (15.0, 15.7, 16.6)),
-    "sell/bf16": _sell(3.0, 8.9, 14.0),
-    "sell/fp16": _sell(3.0, 8.9, 14.0),
+    **{f"{format}/{values}": row for format, row in _HALVES.items() for values in ("bf16", "bf16x12", "fp16")},
+    "nm/int8": _nm(1.5, 8.2, 13.5, (10.9, 12.4, 14.0)),
+    "nm/int4": _nm(1.0, 13.3, 19.5, (15.5, 15.9, 16.8), _INT4),
     "sell/int8": _sell(2.0, 8.9, 14.0),
-    "sell/int4": _sell(1.5, 9.6, 14.6),
-    "block/bf16": _block(2.0),
-    "block/fp16": _block(2.0),
-    "block/int8": _block(1.0),
-    "block/int4": _block(0.5, (19.5, 21.0, 22.0)),
-    # Kept activations are three rows each: one token runs the kernel of three, two that of 16, 16 that of 48.
-    "ternary/2": GpuKernel(0.25, position=(2.0, 2.2, 6.6, 13.2, 26.4)),
-    "ternary/2 int8": GpuKernel(0.25, position=(0.8, 1.2, 1.9, 3.0, 6.0)),
+    "sell/int4": _sell(1.5, 18.5, 23.5, 75.4, _INT4),
+    "block/int8": GpuKernel(1.0, (7.0, 10.0, 5.0, 6.0, 7.0)),
+    "block/int4": GpuKernel(0.5, (9.0, 12.0, 21.0, 22.0, 23.0), scales=_INT4),
+    # Kept activations are three rows each: one token runs the kernel of three, two that of 16, 16 that of 64.
+    "ternary/2": GpuKernel(0.25, position=(2.0, 1.4, 6.0, 12.0, 24.0)),
+    "ternary/2 int8": GpuKernel(0.25, position=(0.8, 1.2, 1.4, 3.0, 6.0)),
 }
 for _values in ("", " int8"):
     KERNELS[f"ternary/1.6{_values}"] = KERNELS[f"ternary/2{_values}"]
-for _values in ("bf16", "fp16", "int8", "int4"):
+for _values in ("bf16", "bf16x12", "fp16", "int8", "int4"):
     KERNELS[f"bitmask/{_values}"] = KERNELS[f"sell/{_values}"]
 _DENSE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
@@ -85,6 +88,9 @@ class GpuProfile:
         tensor: multiply-adds of two bytes per second.
         overhead: seconds a call takes however small.
     """
+
+    # What prompts are judged by: a weight is decompressed for them, at a cost that many tokens share.
+    prompt_tokens: ClassVar[int] = 2048
 
     machine: str
     bandwidth: float
@@ -103,17 +109,21 @@ class GpuProfile:
         """Predicted seconds of one product; None if there is no such kernel. Arguments as of cost.Profile."""
         positions = shape[0] * shape[1]
         if format == "dense":
-            width = _DENSE_BYTES[values]
-            slower = width / 2 * positions * batch / self.tensor
-            return self.overhead + max(positions * width / self.bandwidth, slower)
+            return self._dense(_DENSE_BYTES[values], positions, batch)
         kernel = KERNELS.get(f"{format}/{values}")
         if kernel is None:
             return None
         stored = positions * density
-        bucket = min(bisect.bisect_left(BUCKETS, batch), len(BUCKETS) - 1)
-        times = max(1.0, batch / BUCKETS[-1])
-        issued = times * (kernel.stored[bucket] * stored + kernel.position[bucket] * positions)
-        return self.overhead + max(kernel.nbytes * stored / self.bandwidth, issued / self.rate)
+        read = (kernel.nbytes * stored + kernel.scales * positions) / self.bandwidth
+        if batch > BUCKETS[-1]:
+            return self._dense(2, positions, batch) + read + 2 * positions / self.bandwidth
+        bucket = bisect.bisect_left(BUCKETS, batch)
+        issued = kernel.stored[bucket] * stored + kernel.position[bucket] * positions
+        return self.overhead + max(read, issued / self.rate)
+
+    def _dense(self, width: int, positions: int, batch: int) -> float:
+        product = width / 2 * positions * batch / self.tensor
+        return self.overhead + max(positions * width / self.bandwidth, product)
 
 
 def gpu_profile(device: torch.device) -> GpuProfile:

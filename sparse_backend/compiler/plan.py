@@ -1,7 +1,7 @@
 """Which format a weight gets, and why: the one predicted fastest on this machine.
 
-Every format says how it could hold the weight (Format.candidates); the cost model (cost.py) says what
-a step of `batch` tokens takes with each, and with the engine's own dense product.
+Every format says how it could hold the weight (Format.candidates); the cost model (cost.py; for GPUs gpu_cost.py) says
+what a step of `batch` tokens takes with each, and with the engine's own dense product.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from ..errors import UnfitError, WeightError
 from ..formats import FORMATS, get_format
 from ..formats.unstructured import LEVELS, Unstructured, value_kinds
+from ..kernels import registry
 from ..options import Options
 from ..packed import PackedWeight
 from .calibrate import current_profile
@@ -26,12 +27,13 @@ from .gpu_cost import GpuProfile, gpu_profile
 TIE = 0.03
 
 # Prompts are processed in large batches, where a machine with matrix units multiplies dense weights much faster
-# than kernels without: a format this many times slower than dense at PREFILL_TOKENS is not taken.
-PREFILL_TOKENS = 64
+# than kernels without: a format this many times slower than dense at a profile's `prompt_tokens` is not taken.
 PREFILL_LIMIT = 4.0
 
 # Formats of one canonical form: a weight in one is a weight in the other.
 ONE_FORM = ("bitmask", "sell")
+
+_CPU = torch.device("cpu")
 
 AnyProfile = Profile | GpuProfile
 _DENSE_VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -130,7 +132,8 @@ def fit_for_prompts(
 def pack(weight: torch.Tensor, options: Options, device: torch.device | None = None) -> tuple[PackedWeight | None, str]:
     """Pack one weight as `choose` says: (packed or None for dense, reason).
 
-    A format that looked as if it could hold the weight and cannot is left out, and the next one taken.
+    A format that looked as if it could hold the weight and cannot, or that the device's kernels refuse, is left out,
+    and the next one taken.
 
     Args:
         weight: dense [N, K], wherever it lies.
@@ -146,12 +149,16 @@ def pack(weight: torch.Tensor, options: Options, device: torch.device | None = N
     unfit: set[str] = set()
     while True:
         decision = choose(weight, options, profile, without=unfit)
+        if decision.pack is None:
+            return None, decision.reason
         try:
-            return None if decision.pack is None else decision.pack(), decision.reason
+            packed = decision.pack()
+            if options.format != "auto" or registry.refusal(packed, device.type) is None:
+                return packed, decision.reason
         except UnfitError:
             if options.format != "auto":
                 raise
-            unfit.add(decision.format)
+        unfit.add(decision.format)
 
 
 def choose(
@@ -204,7 +211,9 @@ def choose(
     return Decision(best.format, f"{1 - nnz / weight.numel():.0%} zeros: {gain}", best.pack, tuple(found))
 
 
-def reconsider(packed: PackedWeight, options: Options, profile: AnyProfile | None = None) -> PackedWeight:
+def reconsider(
+    packed: PackedWeight, options: Options, profile: AnyProfile | None = None, device: torch.device = _CPU
+) -> PackedWeight:
     """A compiled weight under the format that is fastest here, of those that share its canonical form.
 
     What was compiled on another machine, or for another batch, keeps its tensors: only what they are lowered to
@@ -212,7 +221,7 @@ def reconsider(packed: PackedWeight, options: Options, profile: AnyProfile | Non
     """
     if options.format != "auto" or packed.format not in ONE_FORM or not packed.shape[0] * packed.shape[1]:
         return packed
-    profile = profile or current_profile()
+    profile = profile or profile_of(device)
     stored = packed.attributes.get("values")
     integer = stored in LEVELS
     kinds = (str(stored),) if integer else value_kinds(packed.tensors["values"], options)
@@ -255,4 +264,4 @@ def _asked_for(weight: torch.Tensor, options: Options, profile: AnyProfile | Non
 def _at_prefill(profile: AnyProfile, p: Prediction, weight: torch.Tensor, nnz: int, shape: tuple[int, int]) -> float:
     values = _DENSE_VALUES.get(weight.dtype, "fp32") if p.format == "dense" else p.values
     density = nnz / weight.numel() if p.format in ("bitmask", "sell", "nm", "block") else 1.0
-    return profile.seconds(p.format, values, shape, density, PREFILL_TOKENS) or float("inf")
+    return profile.seconds(p.format, values, shape, density, profile.prompt_tokens) or float("inf")

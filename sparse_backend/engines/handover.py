@@ -19,8 +19,11 @@ from torch.utils import _pytree as pytree
 from ..compiler import plan
 from ..formats import get_format
 from ..formats.base import Empty
+from ..kernels import registry
 from ..options import Options
 from ..packed import PackedWeight
+
+_CPU = torch.device("cpu")
 
 
 class PackedTensor(torch.Tensor):
@@ -88,8 +91,9 @@ def join(
     dtype: torch.dtype,
     options: Options,
     empty: Empty = torch.empty,
+    device: torch.device = _CPU,
 ) -> PackedWeight | None:
-    """What a layer of `parts` holds, if `tensors` are these parts and whole; else None.
+    """What a layer of `parts` holds, if `tensors` are these parts and whole, and kernels run it there; else None.
 
     Args:
         tensors: what arrived at the layer.
@@ -98,6 +102,7 @@ def join(
         dtype: the engine's.
         options: of the layer; a format that it names and `activations` are obeyed.
         empty: gives the memory.
+        device: of the layer.
     """
     by_name = {t.module: t.packed for t in tensors}
     if len(by_name) != len(tensors) or set(by_name) != {name for name, _ in parts}:
@@ -114,4 +119,6 @@ def join(
         return None
     if options.activations is not None and "activations" in joined.attributes:
         joined = dataclasses.replace(joined, attributes={**joined.attributes, "activations": options.activations})
-    return plan.reconsider(joined, options)
+    if registry.refusal(joined, device.type) is not None:
+        return None
+    return plan.reconsider(joined, options, device=device)

@@ -77,8 +77,8 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         self.dtype = torch.bfloat16
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises OptionError for a device_map with anything but the CPU and GPUs."""
-        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        """Raises OptionError for a device_map with anything but the CPU or GPUs, or with both."""
+        devices = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
         for device in devices:
             known = device is None or isinstance(device, int) or str(device).partition(":")[0] in DEVICES
             if not known:
@@ -86,6 +86,12 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
                     f"{QUANT_METHOD}: device_map names '{device}', there are kernels for {' and '.join(DEVICES)}; "
                     'pass device_map="cuda", "cpu" or none'
                 )
+        types = {"cuda" if isinstance(d, int) else str(d).partition(":")[0] for d in devices if d is not None}
+        if len(types) > 1:
+            raise OptionError(
+                f"{QUANT_METHOD}: device_map spreads the model over CPU and GPU; a weight runs on the kernels it was "
+                'made for and cannot be moved between them: pass device_map="cuda" or "cpu"'
+            )
 
     def update_tp_plan(self, config: Any) -> Any:
         """Raises OptionError for tensor parallelism."""
@@ -153,16 +159,18 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         device = self.kernel_device(next(iter(placed.values())))
         packed = checkpoint.assemble(name, entry, {key: tensor.cpu() for key, tensor in placed.items()})
         options = self.options.for_module(name)
+        if options is not None:
+            packed = _with_activations(packed, options)
         try:
             if options is None or not isinstance(module, torch.nn.Linear):
                 reason = convert.IGNORED if options is None else f"{type(module).__name__} is no torch.nn.Linear"
                 self._keep_dense(module, name, packed.unpack(), reason, device)
-            elif not registry.has(packed.format, device.type):
-                self._keep_dense(module, name, packed.unpack(), f"no {device.type} kernel for {packed.format}", device)
-            elif options.format in ("auto", packed.format):
-                self._replace(model, path, _with_activations(packed, options), device)
-            else:  # a load-time key: config.json names another format now
+            elif options.format not in ("auto", packed.format):  # a load-time key: config.json names another now
                 self._pack(model, path, name, packed.unpack(), options, device)
+            elif (refusal := registry.refusal(packed, device.type)) is not None:
+                self._keep_dense(module, name, packed.unpack(), refusal, device)
+            else:
+                self._replace(model, path, packed, device)
         except WeightError as error:
             text = f"{entry.file}: module {name} is damaged ({error}); {checkpoint.RECOMPILE}"
             raise CheckpointError(text) from None
@@ -210,8 +218,13 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         path = next(path for path, module in model.named_modules() if module is head)
         weight = head.weight.detach()
-        self._pack(model, path, path, weight, Options(format=self.options.lm_head), self.kernel_device(weight))
+        device = self.kernel_device(weight)
         self.loading.heads += 1
+        if not registry.has(self.options.lm_head, device.type):
+            reason = f"no {device.type} kernel for {self.options.lm_head}"
+            self.loading.report.add_dense(path, weight.nbytes, reason)
+            return
+        self._pack(model, path, path, weight, Options(format=self.options.lm_head), device)
         self.loading.report.note("head")
         model.all_tied_weights_keys.pop(f"{path}.weight", None)
 

@@ -144,7 +144,7 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
             weight = cast(torch.Tensor, layer.weight)
             tensors = [tensor for tensor, _ in handed]
             empty = self.loading.scratch.empty
-            packed = handover.join(tensors, parts, weight.shape[1], weight.dtype, self.options, empty)
+            packed = handover.join(tensors, parts, weight.shape[1], weight.dtype, self.options, empty, weight.device)
         if packed is not None:
             self.kernel = self.loading.install(layer, self.prefix, packed)
             self.loading.scratch.reset()

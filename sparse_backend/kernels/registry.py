@@ -47,6 +47,10 @@ class Kernel(abc.ABC):
     def lower(self, packed: PackedWeight, device: torch.device) -> MachineWeight:
         """What the op reads, made from the canonical form, on `device`."""
 
+    def refusal(self, packed: PackedWeight) -> str | None:
+        """Why the op cannot run a weight of its format, in words; None if it can."""
+        return None
+
     @abc.abstractmethod
     def implementation(self, values: torch.dtype) -> str:
         """The name of the code that runs for values of a dtype."""
@@ -132,6 +136,10 @@ class TritonKernel(Kernel):
         weight: MachineWeight = self._module().lower(packed, device)
         return weight
 
+    def refusal(self, packed: PackedWeight) -> str | None:  # noqa: D102
+        reason: str | None = self._module().refusal(packed)
+        return reason
+
     def implementation(self, values: torch.dtype) -> str:  # noqa: D102
         return f"triton.{self.module}"
 
@@ -172,6 +180,12 @@ def rows(device: str) -> tuple[Kernel, ...]:
 def has(format: str, device: str) -> bool:
     """Whether there is a row of a format on a torch device type."""
     return (format, device) in _ROWS
+
+
+def refusal(packed: PackedWeight, device: str) -> str | None:
+    """Why no kernel of a torch device type runs a weight, in words; None if one does."""
+    row = _ROWS.get((packed.format, device))
+    return f"no {device} kernel for {packed.format}" if row is None else row.refusal(packed)
 
 
 def kernel(format: str, device: str = "cpu") -> Kernel:

@@ -236,6 +236,12 @@ def test_a_gpu_is_planned_for_by_what_its_kernels_read_and_issue():
     for batch in (1, 2, 3, 16, 17, 64, 200):  # a larger batch never takes less time than a smaller one
         times = [card.seconds("sell", "bf16", shape, 0.1, b) for b in (batch, batch + 1)]
         assert times == sorted(times)
+    # Longer prompts are decompressed: never faster than dense, and next to as fast when they are long.
+    for name in gpu_cost.KERNELS:
+        over = [card.seconds(*name.split("/"), shape, 0.3, b) / card.seconds("dense", "bf16", shape, 1, b)
+                for b in (65, 4096)]  # fmt: skip
+        assert over[0] >= over[1] >= 1
+        assert over[1] < 1.2
     formats = {name.partition("/")[0] for name in gpu_cost.KERNELS}
     assert formats == {row.format for row in registry.rows("cuda")}
 

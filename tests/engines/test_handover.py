@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import sparse_backend as sb
+from sparse_backend.compiler import plan
+from sparse_backend.compiler.gpu_cost import GpuProfile
 from sparse_backend.engines import handover
 from sparse_backend.errors import CheckpointError
 from sparse_backend.options import Options
@@ -71,6 +73,17 @@ def test_what_is_not_whole_or_not_alike_is_left_to_dense_weights():
     assert joined([q, k], dtype=torch.float16) is None
     assert joined([q, k], options=Options(format="sell")) is None
     assert joined([q, tensor_of("k", 16, format="sell")]) is None
+
+
+def test_what_has_no_kernel_where_the_layer_is_becomes_dense(monkeypatch):
+    card, options = torch.device("cuda"), Options(batch=1)
+    monkeypatch.setattr(plan, "gpu_profile", lambda device: GpuProfile("a card", 4.9e12, 3.3e13, 5e14))
+    dense = [tensor_of("q", format="bf16x12"), tensor_of("k", 16, format="bf16x12")]
+    assert handover.join(dense, PARTS, 64, torch.bfloat16, options) is not None
+    assert handover.join(dense, PARTS, 64, torch.bfloat16, options, device=card) is None
+    joined = handover.join([tensor_of("q"), tensor_of("k", 16)], PARTS, 64, torch.bfloat16, options, device=card)
+    assert joined is not None
+    assert joined.format in ("bitmask", "sell")
 
 
 def test_activations_asked_for_at_load_are_obeyed():

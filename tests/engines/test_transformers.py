@@ -253,7 +253,10 @@ def test_what_cannot_be_done_is_said(python_lm_50, model_50, tmp_path):
     for device_map in ("xpu:0", {"model": "cpu", "lm_head": "disk"}):
         with pytest.raises(OptionError, match="there are kernels for cpu and cuda"):
             quantizer.validate_environment(device_map=device_map)
-    for device_map in (None, "cpu", "cuda", {"": 0}, {"model": "cuda:1", "lm_head": torch.device("cpu")}):
+    for device_map in ({"model": 0, "lm_head": "cpu"}, {"model": "cuda:1", "lm_head": torch.device("cpu")}):
+        with pytest.raises(OptionError, match="over CPU and GPU"):
+            quantizer.validate_environment(device_map=device_map)
+    for device_map in (None, "cpu", "cuda", {"": 0}, {"model": "cuda:1", "lm_head": 0}):
         quantizer.validate_environment(device_map=device_map)
     assert sparse_layers(load(python_lm_50, device_map="cpu")).keys() == sparse_layers(model_50).keys()
     with pytest.raises(OptionError, match=r"device_map names 'meta'"):

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 import sparse_backend.engines.transformers as adapter
 from sparse_backend import Options, SparseLinear
-from sparse_backend.compiler import plan
+from sparse_backend.compiler import plan, prune
 from sparse_backend.compiler.compile import compile_checkpoint
 from sparse_backend.compiler.gpu_cost import GpuProfile
 from sparse_backend.kernels.triton import block, common, sell
@@ -87,11 +87,28 @@ def test_a_plain_model_is_planned_for_the_card(monkeypatch):
     assert formats(patterned)[0] == {("nm", "cuda")}
 
 
-def test_what_has_no_kernel_on_the_card_is_dense_and_said(tmp_path, caplog):
-    compile_checkpoint(MODELS["python-lm"], tmp_path / "out", Options(format="bf16x12"))
+@pytest.mark.parametrize(("options", "reason"), [
+    ({"format": "bf16x12"}, "no cuda kernel for bf16x12"),
+    ({"sparsity": 0.5, "format": "bitmask", "values": "int8", "activations": "int8"}, "no GPU kernel for int8 activ"),
+    ({"format": "bf16x12", "lm_head": "int8"}, "no cuda kernel for int8"),
+], ids=str)  # fmt: skip
+def test_what_has_no_kernel_on_the_card_is_dense_and_said(options, reason, tmp_path, caplog):
+    compile_checkpoint(MODELS["python-lm"], tmp_path / "out", Options.from_dict(options))
     with caplog.at_level("INFO"):
         model = load(tmp_path / "out")
     assert formats(model) == (set(), 0)
-    assert "no cuda kernel for bf16x12" in caplog.text
-    plain = load(MODELS["python-lm"])
-    assert torch.equal(model(IDS).logits, plain(IDS).logits)
+    assert reason in caplog.text
+    if "sparsity" not in options:
+        assert torch.equal(model(IDS).logits, load(MODELS["python-lm"])(IDS).logits)
+
+
+def test_what_kernels_refuse_goes_to_the_next_format(monkeypatch):
+    weight = prune.magnitude(torch.randn(256, 1024).bfloat16(), 0.5, "4:16")
+    options, card = Options(values="int8", group_size=64), torch.device("cuda")
+    assert plan.choose(weight, options, GpuProfile.of(H200)).format == "nm"
+    packed, _ = plan.pack(weight, options, card)
+    assert packed.format in ("bitmask", "block")
+    assert packed.lower("cuda").device == "cuda"
+    packed, reason = plan.pack(weight, Options(values="int8", activations="int8"), card)
+    assert packed is None
+    assert "dense" in reason or "no lossless" in reason

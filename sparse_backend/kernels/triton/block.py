@@ -19,14 +19,15 @@ from ...packed import MachineWeight, PackedWeight
 from . import block_kernels
 from .common import (
     Launch,
-    check_values,
     in_parts,
     interpreted,
+    kept_only,
     launch,
     mask_bits,
     placed,
     product,
     register,
+    require,
     reserve,
     scale_group,
     scaling,
@@ -53,13 +54,17 @@ LAUNCHES = {
 GRID = {
     "gemv": ((2, 4, 8), (1, 2, 4), (2, 4, 8)),
     "dot": ((4, 8, 16), (1,), (2, 4, 8)),
-    "decompress": ((4, 8, 16), (1,), (4, 8)),
 }
 MOST_STEPS = 16
 
 # Instructions of the loop per stored weight, by (kernel, batch); tools/gpu_offline.py asserts them for sm_80, sm_90 and
 # sm_100. An H200 issues about 14 per bf16 weight in the time it reads one, 7 per int8 weight.
 BUDGET = {("gemv", 1): 7.5, ("gemv", 2): 11.0}
+# What scales of groups of columns add to every weight.
+SCALES_OF_GROUPS = 2.0
+
+
+refusal = kept_only
 
 
 def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
@@ -73,7 +78,7 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     Raises:
         WeightError: int8 activations, for which there is no kernel.
     """
-    check_values(packed)
+    require(refusal(packed))
     tensors = placed(packed, device)
     n, k = packed.shape
     strips = -(-n // SIZE)
@@ -158,15 +163,21 @@ def splits_for(strips: int, steps: int) -> int:
     return max(1, min(-(-PROGRAMS // strips), steps))
 
 
+def decompress_step(setting: Launch, int4: bool) -> int:
+    """Blocks side by side of the kernel `decompress`: half as many of int4, which spill otherwise."""
+    return setting.groups // 2 if int4 else setting.groups
+
+
 def decompress(
     dense: torch.Tensor, values: torch.Tensor, columns: torch.Tensor, offsets: torch.Tensor, scales: torch.Tensor
 ) -> torch.Tensor:
     """Fill dense [N, K] with the weight, rounded once to dense's dtype."""
     (n, k), strips, setting = dense.shape, offsets.shape[0] - 1, launches(dense.device, "block")["decompress", 0]
-    splits = splits_for(strips, -(-values.shape[0] // (strips * setting.groups)))
+    step = decompress_step(setting, values.dtype == torch.int32)
+    splits = splits_for(strips, -(-values.shape[0] // (strips * step)))
     launch(
         block_kernels.decompress, (strips, splits), dense.zero_(), values, columns, offsets, scales,
-        n, k, scales.shape[1], STEP=setting.groups, SCALED=scaling(scales, k), num_warps=setting.num_warps,
+        n, k, scales.shape[1], STEP=step, SCALED=scaling(scales, k), num_warps=setting.num_warps,
     )  # fmt: skip
     return dense
 

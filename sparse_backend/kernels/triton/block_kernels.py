@@ -63,7 +63,8 @@ def gemv(
                 at = (begin + u * STEP) * 256 + r[:, None, None] * 16 + inside
                 value = tl.load(values + at, mask=(block < end)[:, :, None], other=0).to(tl.float32)
             if SCALED > 1:
-                line = tl.program_id(0) * 16 + r[:, None] % 16
+                # Rows do follow each other: but loaded side by side, scales would have to change threads.
+                line = tl.max_contiguous(tl.program_id(0) * 16 + r[:, None] % 16, [1, 1])
                 value *= tl.load(scales + column // SCALED * scale_stride + line)[:, :, None]
             place = column[:, :, None] + inside
             there = place < k if MASK_K else None

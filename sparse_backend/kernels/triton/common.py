@@ -39,11 +39,6 @@ class Launch:
     unroll: int
     num_warps: int
 
-    @property
-    def step(self) -> int:
-        """Supergroups per iteration of the loop."""
-        return self.groups * self.unroll
-
 
 def interpreted() -> bool:
     """Whether TRITON_INTERPRET=1 was set before Triton was imported: kernels then run on tensors of the CPU."""
@@ -68,10 +63,17 @@ def placed(packed: PackedWeight, device: torch.device) -> dict[str, torch.Tensor
     return {name: tensor.to(device) for name, tensor in packed.tensors.items()}
 
 
-def check_values(packed: PackedWeight) -> None:
-    """WeightError for what has no GPU kernel."""
-    if packed.attributes.get("activations", "keep") != "keep":
-        raise WeightError(f"{packed.format}: no GPU kernel for int8 activations; pack with activations='keep'")
+def kept_only(packed: PackedWeight) -> str | None:
+    """Why kernels that keep activations cannot run a weight, or None."""
+    if packed.attributes.get("activations", "keep") == "keep":
+        return None
+    return f"{packed.format}: no GPU kernel for int8 activations; pack with activations='keep'"
+
+
+def require(refusal: str | None) -> None:
+    """WeightError, unless there is no reason."""
+    if refusal is not None:
+        raise WeightError(refusal)
 
 
 def value_bits(packed: PackedWeight) -> int:
@@ -237,15 +239,3 @@ def pick(tensor, index: tl.constexpr, COUNT: tl.constexpr):
     """
     chosen = tl.arange(0, COUNT)[None, :] == index
     return tl.sum(tl.where(chosen, tensor.to(tl.int32), 0), axis=1)
-
-
-@triton.jit
-def half_bytes(words, row, SLOTS: tl.constexpr):
-    """Integers below 16 of rows `row` [R] of SLOTS / 8 words each, int32 [R, SLOTS]."""
-    shifts = tl.arange(0, 8) * 4
-    if SLOTS == 8:
-        found = tl.load(words + row)[:, None] >> shifts[None, :]
-    else:
-        pair = tl.load(words + row[:, None] * 2 + tl.arange(0, 2)[None, :])
-        found = tl.reshape(pair[:, :, None] >> shifts[None, None, :], [row.shape[0], SLOTS])
-    return found & 15

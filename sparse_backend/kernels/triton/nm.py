@@ -20,22 +20,22 @@ import math
 import torch
 import triton
 
-from ...errors import WeightError
 from ...options import NM_PATTERNS
 from ...packed import MachineWeight, PackedWeight
 from . import nm_kernels
 from .common import (
     TILE_ROWS,
     Launch,
-    check_values,
     codes_of,
     in_parts,
     interpreted,
+    kept_only,
     launch,
     mask_bits,
     placed,
     product,
     register,
+    require,
     reserve,
     scale_group,
     scaling,
@@ -62,7 +62,6 @@ LAUNCHES = {
 GRID = {
     "gemv": ((1, 2, 4), (1, 2, 4, 8), (2, 4, 8)),
     "dot": ((0,), (1,), (4, 8)),
-    "decompress": ((0,), (1,), (4, 8)),
 }
 MOST_STEPS = PAD
 
@@ -103,6 +102,26 @@ def geometry(kept: int, slots: int) -> tuple[int, int]:
     return groups, groups * kept // slots
 
 
+def _layout(packed: PackedWeight) -> tuple[int, int, int, int]:
+    """Columns kept of 16, slots of a chunk, groups and chunks of a supergroup."""
+    few, of = NM_PATTERNS[packed.attributes["pattern"]]
+    kept = few * GROUP // of
+    slots = slots_of(kept, value_bits(packed))
+    return kept, slots, *geometry(kept, slots)
+
+
+def refusal(packed: PackedWeight) -> str | None:
+    """Why no kernel here runs a weight, or None."""
+    size, groups = packed.attributes.get("group_size"), _layout(packed)[2]
+    wide = GROUP * groups * dot_groups(groups)
+    if size and size < wide:
+        return (
+            f"{packed.format}: no GPU kernel for scales of {size} columns at {packed.attributes['pattern']}; "
+            f"use a group_size of {wide} or more, or one scale per row"
+        )
+    return kept_only(packed)
+
+
 def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     """The machine form of canonical `nm`, made by torch where the tensors are.
 
@@ -112,18 +131,16 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
         in the low half, for int4 [tiles, supergroups, S, 0]; `scales` float32 [scale groups, 64 tiles], or [0, 0].
 
     Raises:
-        WeightError: values, a pattern or a group size that has no kernel.
+        WeightError: int8 activations, or scales of fewer columns than a kernel decodes at once.
     """
-    check_values(packed)
+    require(refusal(packed))
     tensors = placed(packed, device)
-    (n, k), (few, of) = packed.shape, NM_PATTERNS[packed.attributes["pattern"]]
-    kept, bits = few * GROUP // of, value_bits(packed)
-    slots = slots_of(kept, bits)
-    groups, chunks = geometry(kept, slots)
+    (n, k), bits = packed.shape, value_bits(packed)
+    kept, slots, groups, chunks = _layout(packed)
     tiles, supers = -(-n // TILE_ROWS), -(-k // (GROUP * groups))
     supers += -supers % PAD
     columns = supers * groups * GROUP
-    scales = _lower_scales(packed, tensors, tiles, groups)
+    scales = _lower_scales(tensors, tiles)
 
     stored = torch.nn.functional.pad(mask_bits(tensors["mask"], k), (0, columns - k))
     values = codes_of(packed, tensors, int(stored.sum()))
@@ -151,16 +168,9 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     return MachineWeight(packed.format, packed.shape, packed.dtype, machine, "cuda")
 
 
-def _lower_scales(packed: PackedWeight, tensors: dict[str, torch.Tensor], tiles: int, groups: int) -> torch.Tensor:
+def _lower_scales(tensors: dict[str, torch.Tensor], tiles: int) -> torch.Tensor:
     if "scales" not in tensors:
         return tensors["values"].new_zeros(0, 0, dtype=torch.float32)
-    size = packed.attributes["group_size"]
-    wide = GROUP * groups * dot_groups(groups)
-    if size and size < wide:
-        raise WeightError(
-            f"{packed.format}: no GPU kernel for scales of {size} columns at {packed.attributes['pattern']}; "
-            f"use a group_size of {wide} or more, or one scale per row"
-        )
     scales = tensors["scales"]
     padded = torch.nn.functional.pad(scales, (0, 0, 0, tiles * TILE_ROWS - scales.shape[0]))
     return padded.T.contiguous()

@@ -11,7 +11,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import half_bytes, pick
+from .common import pick
+
+
+@triton.jit
+def _slot_positions(words, row, SLOTS: tl.constexpr):
+    """Where each slot of chunk rows `row` [R] is in its group, int32 [R, SLOTS]."""
+    shifts = tl.arange(0, 8) * 4
+    if SLOTS == 8:
+        found = tl.load(words + row)[:, None] >> shifts[None, :]
+    else:
+        pair = tl.load(words + row[:, None] * 2 + tl.arange(0, 2)[None, :])
+        found = tl.reshape(pair[:, :, None] >> shifts[None, None, :], [row.shape[0], SLOTS])
+    return found & 15
 
 
 @triton.jit
@@ -60,7 +72,7 @@ def gemv(
                     position = loaded.to(tl.int32) & 15
                     value = (loaded >> 4).to(tl.float32)
                 else:
-                    position = half_bytes(words, chunk, SLOTS)
+                    position = _slot_positions(words, chunk, SLOTS)
                     value = loaded.to(tl.float32)
                 base = column[:, None] + ((slot + c * SLOTS) // KEPT * 16)[None, :]
                 there = (base + position < k) if MASK_K else None
@@ -217,9 +229,8 @@ def dot(
         dense = _tile(values, words, step * GROUPS, KEPT, SUPER, CHUNKS, SLOTS, ROWS, GROUPS, JOINED).to(operand)
         if SCALED > 1:
             group = step * WIDE // SCALED
-            scale = tl.load(
-                scales + group * scale_stride + line, mask=line < tl.where(step * WIDE < k, scale_stride, 0)
-            )
+            known = line < tl.where(step * WIDE < k, scale_stride, 0)
+            scale = tl.load(scales + group * scale_stride + line, mask=known, other=0.0)
             acc += tl.dot(dense, tl.trans(tokens), input_precision="ieee") * scale[:, None]
         else:
             acc = tl.dot(dense, tl.trans(tokens), acc, input_precision="ieee")
@@ -248,7 +259,8 @@ def decompress(
     column = step * WIDE + tl.arange(0, WIDE)
     if SCALED:
         group = step * WIDE // SCALED if SCALED > 1 else 0
-        scale = tl.load(scales + group * scale_stride + line, mask=line < tl.where(step * WIDE < k, scale_stride, 0))
+        known = line < tl.where(step * WIDE < k, scale_stride, 0)
+        scale = tl.load(scales + group * scale_stride + line, mask=known, other=0.0)
         block = block.to(tl.float32) * scale[:, None]
     there = (line < n)[:, None] & (column < k)[None, :]
     tl.store(dense + line.to(tl.int64)[:, None] * k + column[None, :], block.to(dense.dtype.element_ty), mask=there)

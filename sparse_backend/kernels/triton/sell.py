@@ -27,15 +27,16 @@ from .common import (
     PROGRAMS,
     TILE_ROWS,
     Launch,
-    check_values,
     codes_of,
     in_parts,
     join_words,
+    kept_only,
     launch,
     mask_bits,
     placed,
     product,
     register,
+    require,
     reserve,
     scale_group,
     scaling,
@@ -57,7 +58,7 @@ LAUNCHES = {
 }
 
 # What tuning.py may try, by kernel: groups, unroll, warps. A thread owns a row of 64.
-GRID = {"gemv": ((1,), (1, 2, 4, 8), (2,)), "batched": ((1,), (1,), (2, 4, 8)), "decompress": ((1,), (1,), (2, 4))}
+GRID = {"gemv": ((1,), (1, 2, 4, 8), (2,)), "batched": ((1,), (1,), (2, 4, 8))}
 MOST_STEPS = 8
 
 # Instructions of the loop per stored weight, by (kernel, tokens, bits of values); tools/gpu_offline.py asserts them for
@@ -70,6 +71,9 @@ BUDGET = {
 }  # fmt: skip
 # What looking up a scale adds to every weight where groups of columns have their own.
 SCALES_OF_GROUPS = {"gemv": 9.5, "batched": 17.0}
+
+
+refusal = kept_only
 
 
 def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
@@ -85,7 +89,7 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     Raises:
         WeightError: int8 activations, for which there is no kernel.
     """
-    check_values(packed)
+    require(refusal(packed))
     tensors = placed(packed, device)
     n, k = packed.shape
     stored, bits = mask_bits(tensors["mask"], k), value_bits(packed)

@@ -35,6 +35,7 @@ from .common import (
     launch,
     placed,
     register,
+    require,
     reserve,
     scratch,
     splits_for,
@@ -64,7 +65,6 @@ LAUNCHES = {
 GRID = {
     "gemv": ((1, 2, 4), (1, 2, 4, 8), (2, 4, 8)),
     "dot": ((1, 2, 4), (1,), (4, 8)),
-    "decompress": ((1, 2, 4), (1,), (4, 8)),
 }
 MOST_STEPS = PAD
 
@@ -80,6 +80,12 @@ _FINISH_BLOCK = 256
 _MOST_QUANTISED = 8192  # columns that `quantise` holds at once
 
 
+def refusal(packed: PackedWeight) -> str | None:
+    """Why no kernel here runs a weight, or None."""
+    k = packed.shape[1]
+    return None if k <= MAX_COLUMNS else f"ternary: GPU kernels hold up to {MAX_COLUMNS} columns, this weight has {k}"
+
+
 def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     """The machine form of canonical `ternary`, made by torch where the tensors are.
 
@@ -91,9 +97,8 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     Raises:
         WeightError: codes that are none, or more columns than sums hold.
     """
+    require(refusal(packed))
     n, k = packed.shape
-    if k > MAX_COLUMNS:
-        raise WeightError(f"ternary: GPU kernels hold up to {MAX_COLUMNS} columns, this weight has {k}")
     tensors = placed(packed, device)
     size = packed.attributes["group_size"]
     codes = _codes(tensors["codes"], packed.attributes["bits"], k)
