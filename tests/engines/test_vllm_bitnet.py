@@ -13,8 +13,9 @@ from vllm_runner import run
 from sparse_backend import Options
 from sparse_backend.compiler.compile import compile_checkpoint
 
-# The log-probabilities of bf16 logits of this model's size lie 2^-5 to 2^-4 apart, and both runs round.
-TIE = 0.13
+# The log-probabilities of bf16 logits of this model's size lie 2^-5 to 2^-4 apart, and both runs round: two steps. A
+# third for activations that become int8: one flips where engine and reference add in another order (attention on AMX).
+TIE = 3 * 2.0**-4
 VOCABULARY = 4096
 
 
