@@ -17,7 +17,6 @@ import contextlib
 import datetime
 import gc
 import os
-import re
 import statistics
 import sys
 import time
@@ -123,7 +122,7 @@ def measure(calls: list[Any], x: torch.Tensor) -> tuple[float, str]:
 
 def rows_of(name: str, weight: torch.Tensor, batches: list[int], timed: bool) -> Iterator[dict[str, Any]]:
     """A row per batch of one contender: its error, and its time unless it is wrong."""
-    from gpu_contenders import contender
+    from gpu_contenders import contender, copies
 
     n, k = weight.shape
     c = contender(name, weight)
@@ -131,8 +130,7 @@ def rows_of(name: str, weight: torch.Tensor, batches: list[int], timed: bool) ->
     if c.problem:
         yield {**row, "note": c.problem}
         return
-    l2 = torch.cuda.get_device_properties(weight.device).L2_cache_size if timed else 0
-    calls = [c.make() for _ in range(min(48, max(2, -(-3 * l2 // c.nbytes))) if timed else 1)]
+    calls = copies(c, weight.device, timed)
     row |= {"bits_per_weight": 8 * c.nbytes / (n * k), "copies": len(calls)}
     for batch in batches:
         x = torch.randn(batch, k, device=weight.device).bfloat16()
@@ -249,7 +247,9 @@ def main() -> int:
     show(rows, seconds)
     if args.save:
         described |= {"copy_gb_per_s": gbs, "seconds": seconds}
-        name = "gpu-" + re.sub(r"[^a-z0-9]+", "-", described["machine"]["device"].lower()).strip("-")
+        from sparse_backend.kernels.triton.tuning import slug
+
+        name = f"gpu-{slug(described['machine']['device'])}"
         save_results(name, rows, described)
         try:
             picture(name, rows, described["machine"]["device"])

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_contenders import contender, random_weight
+from gpu_contenders import contender, copies, random_weight
 from rich.progress import track
 
 from sparse_backend.kernels.triton import tuning
@@ -27,8 +26,7 @@ def tune(device: torch.device, timed: bool, error_of: Any, measure: Any) -> dict
     found = {}
     for family, name in EXAMPLES.items():
         c = contender(name, random_weight(n, k, device))
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size if timed else 0
-        calls = [c.make() for _ in range(max(2, math.ceil(3 * l2 / c.nbytes)) if timed else 1)]
+        calls = copies(c, device, timed)
         chosen = dict(tuning.defaults(family))
         for key in track(chosen, f"{family}: kernels", disable=not sys.stderr.isatty()):
             if key[0] == "decompress":

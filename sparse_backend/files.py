@@ -26,3 +26,9 @@ def write_text(path: Path, text: str) -> None:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
+
+
+def cache_folder() -> Path:
+    """Where what was measured of this machine is kept for its user."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # without a home, in this folder
+    return Path(base) / "sparse_backend"

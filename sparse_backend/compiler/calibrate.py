@@ -15,7 +15,6 @@ import importlib.util
 import json
 import logging
 import math
-import os
 import statistics
 import time
 import zlib
@@ -30,7 +29,7 @@ import torch
 from .. import envs
 from ..diagnosis import cpu_model
 from ..errors import OptionError
-from ..files import write_text
+from ..files import cache_folder, write_text
 from ..formats import get_format
 from ..kernels import cpu, registry
 from ..options import Options
@@ -135,8 +134,7 @@ def fingerprint() -> str:
 
 def cache_file() -> Path:
     """Where this machine's profile is kept."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")  # without a home, in this folder
-    return Path(base) / "sparse_backend" / f"profile-{fingerprint()}.json"
+    return cache_folder() / f"profile-{fingerprint()}.json"
 
 
 @contextlib.contextmanager

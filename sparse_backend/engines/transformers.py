@@ -78,15 +78,14 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises OptionError for a device_map with anything but the CPU or GPUs, or with both."""
-        devices = list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
-        for device in devices:
-            known = device is None or isinstance(device, int) or str(device).partition(":")[0] in DEVICES
-            if not known:
+        devices = device_map.values() if isinstance(device_map, Mapping) else [device_map]
+        types = {"cuda" if isinstance(d, int) else str(d).partition(":")[0]: d for d in devices if d is not None}
+        for kind, device in types.items():
+            if kind not in DEVICES:
                 raise OptionError(
                     f"{QUANT_METHOD}: device_map names '{device}', there are kernels for {' and '.join(DEVICES)}; "
                     'pass device_map="cuda", "cpu" or none'
                 )
-        types = {"cuda" if isinstance(d, int) else str(d).partition(":")[0] for d in devices if d is not None}
         if len(types) > 1:
             raise OptionError(
                 f"{QUANT_METHOD}: device_map spreads the model over CPU and GPU; a weight runs on the kernels it was "
@@ -220,8 +219,8 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         weight = head.weight.detach()
         device = self.kernel_device(weight)
         self.loading.heads += 1
-        if not registry.has(self.options.lm_head, device.type):
-            reason = f"no {device.type} kernel for {self.options.lm_head}"
+        reason = registry.missing(self.options.lm_head, device.type)
+        if reason is not None:
             self.loading.report.add_dense(path, weight.nbytes, reason)
             return
         self._pack(model, path, path, weight, Options(format=self.options.lm_head), device)

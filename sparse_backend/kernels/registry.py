@@ -177,15 +177,14 @@ def rows(device: str) -> tuple[Kernel, ...]:
     return tuple(k for k in KERNELS if k.device == device)
 
 
-def has(format: str, device: str) -> bool:
-    """Whether there is a row of a format on a torch device type."""
-    return (format, device) in _ROWS
+def missing(format: str, device: str) -> str | None:
+    """That there is no row of a format on a torch device type, in words; None if there is one."""
+    return None if (format, device) in _ROWS else f"no {device} kernel for {format}"
 
 
 def refusal(packed: PackedWeight, device: str) -> str | None:
     """Why no kernel of a torch device type runs a weight, in words; None if one does."""
-    row = _ROWS.get((packed.format, device))
-    return f"no {device} kernel for {packed.format}" if row is None else row.refusal(packed)
+    return missing(packed.format, device) or _ROWS[packed.format, device].refusal(packed)
 
 
 def kernel(format: str, device: str = "cpu") -> Kernel:

@@ -20,6 +20,7 @@ from . import block_kernels
 from .common import (
     Launch,
     in_parts,
+    int4_codes,
     interpreted,
     kept_only,
     launch,
@@ -31,7 +32,6 @@ from .common import (
     reserve,
     scale_group,
     scaling,
-    split_words,
     value_bits,
 )
 from .tuning import launches
@@ -103,7 +103,7 @@ def naive_unpack(
     """The dense weight [16 strips, K] float32 that a machine form stands for: what every kernel here computes with."""
     strips, across = offsets.shape[0] - 1, -(-k // SIZE)
     if values.dtype == torch.int32:
-        values = split_words(values)
+        values = int4_codes(values.view(torch.uint8))
     blocks = torch.zeros(strips, across, SIZE, SIZE)
     strip = torch.arange(strips).repeat_interleave(offsets.diff().long())
     blocks[strip, columns.long()] = values.float()

@@ -10,6 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .common import int4
+
 
 @triton.jit
 def _part(offsets, STEP: tl.constexpr):
@@ -27,7 +29,7 @@ def _values(values, at, there):
     """Stored values number `at`, 0 where not `there`."""
     if values.dtype.element_ty == tl.int32:
         word = tl.load(values + at // 8, mask=there, other=0)
-        found = (((word >> (at % 8 * 4)) & 15 ^ 8) - 8).to(tl.int8)
+        found = int4(word >> (at % 8 * 4)).to(tl.int8)
     else:
         found = tl.load(values + at, mask=there, other=0)
     return found
@@ -58,7 +60,7 @@ def gemv(
             if values.dtype.element_ty == tl.int32:
                 at = (begin + u * STEP) * 32 + r[:, None] * 2 + part[None, :]
                 word = tl.load(values + at, mask=block < end, other=0)
-                value = ((((word[:, :, None] >> (slot * 4)[None, None, :]) & 15) ^ 8) - 8).to(tl.float32)
+                value = int4(word[:, :, None] >> (slot * 4)[None, None, :]).to(tl.float32)
             else:
                 at = (begin + u * STEP) * 256 + r[:, None, None] * 16 + inside
                 value = tl.load(values + at, mask=(block < end)[:, :, None], other=0).to(tl.float32)

@@ -86,20 +86,18 @@ def codes_of(packed: PackedWeight, tensors: dict[str, torch.Tensor], stored: int
     values = tensors["values"]
     if packed.attributes.get("values") != "int4":
         return values
-    halves = torch.stack((values & 15, values >> 4), dim=1).flatten()[:stored].to(torch.int8)
-    return (halves ^ 8) - 8
+    return int4_codes(values)[:stored]
 
 
-def join_words(values: torch.Tensor) -> torch.Tensor:
-    """Integers below 16, or int4 codes, [..., 8 n] as int32 words [..., n], the first in the low half byte."""
-    halves = values.to(torch.uint8) & 15
-    return (halves[..., 0::2] | (halves[..., 1::2] << 4)).contiguous().view(torch.int32)
-
-
-def split_words(words: torch.Tensor) -> torch.Tensor:
-    """int4 codes int8 [..., 8 n] of words [..., n]."""
-    stored = words.contiguous().view(torch.uint8)
+def int4_codes(stored: torch.Tensor) -> torch.Tensor:
+    """int8 [..., 2 n] of two codes to a byte [..., n], the first in the low half."""
     return (torch.stack((stored & 15, stored >> 4), dim=-1).flatten(-2).to(torch.int8) ^ 8) - 8
+
+
+def join_halves(values: torch.Tensor) -> torch.Tensor:
+    """Integers below 16, or int4 codes, [..., 2 n] as bytes [..., n], the first in the low half."""
+    halves = values.to(torch.uint8) & 15
+    return halves[..., 0::2] | (halves[..., 1::2] << 4)
 
 
 def mask_bits(mask: torch.Tensor, k: int) -> torch.Tensor:
@@ -239,3 +237,9 @@ def pick(tensor, index: tl.constexpr, COUNT: tl.constexpr):
     """
     chosen = tl.arange(0, COUNT)[None, :] == index
     return tl.sum(tl.where(chosen, tensor.to(tl.int32), 0), axis=1)
+
+
+@triton.jit
+def int4(bits):
+    """The code in the lowest half byte of integers."""
+    return ((bits & 15) ^ 8) - 8

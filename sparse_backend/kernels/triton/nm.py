@@ -29,6 +29,7 @@ from .common import (
     codes_of,
     in_parts,
     interpreted,
+    join_halves,
     kept_only,
     launch,
     mask_bits,
@@ -160,8 +161,7 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
         joined = (picked << 4) | order.to(torch.int8)
         machine = {"values": tiled(joined), "positions": order.new_zeros(tiles, supers, groups, 0)}
     else:
-        halves = tiled(order)
-        joined = halves[..., 0::2] | (halves[..., 1::2] << 4)
+        joined = join_halves(tiled(order))
         machine = {"values": tiled(picked), "positions": joined.view(tiles, supers, groups, TILE_ROWS * kept // 2)}
     machine["scales"] = scales
     reserve(values.device, n * k)
@@ -243,19 +243,8 @@ def decompress(
     constants = _constants(values, positions, scales, k, launches(dense.device, "nm")["decompress", 0], True)
     grid = (tiles, supers // constants["GROUPS"])
     if k:
-        launch(
-            nm_kernels.decompress,
-            grid,
-            dense,
-            values,
-            _words(positions),
-            scales,
-            n,
-            k,
-            supers,
-            scales.shape[1],
-            **constants,
-        )
+        words, stride = _words(positions), scales.shape[1]
+        launch(nm_kernels.decompress, grid, dense, values, words, scales, n, k, supers, stride, **constants)
     return dense
 
 

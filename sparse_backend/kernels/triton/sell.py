@@ -29,7 +29,8 @@ from .common import (
     Launch,
     codes_of,
     in_parts,
-    join_words,
+    int4_codes,
+    join_halves,
     kept_only,
     launch,
     mask_bits,
@@ -40,7 +41,6 @@ from .common import (
     reserve,
     scale_group,
     scaling,
-    split_words,
     value_bits,
 )
 from .tuning import launches
@@ -120,7 +120,8 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
     rows = torch.cat([order, order.new_full((padding,), -1)])
     ordered = sliced(filled)[kept]
     machine = {
-        "values": join_words(ordered) if bits == 4 else ordered, "positions": sliced(positions)[kept],
+        "values": join_halves(ordered).view(torch.int32) if bits == 4 else ordered,
+        "positions": sliced(positions)[kept],
         "starts": starts.transpose(0, 1).reshape(parts, -1).contiguous().int(),
         "offsets": (begins[:, None] + cuts).int(), "rows": rows.int(),
         "scales": values.new_zeros(0, 0, dtype=torch.float32),
@@ -177,7 +178,7 @@ def naive_unpack(
     """The dense weight [N, K] float32 that a machine form stands for: what every kernel here computes with."""
     dense = torch.zeros(shape)
     if values.dtype == torch.int32:
-        values = split_words(values)
+        values = int4_codes(values.view(torch.uint8))
     for line, row in enumerate(rows.tolist()):
         piece, inside = divmod(line, TILE_ROWS)
         for part in range(starts.shape[0] if row >= 0 else 0):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .common import pick
+from .common import int4, pick
 
 
 @triton.jit
@@ -18,8 +18,8 @@ def _values(values, row, there, SLOTS: tl.constexpr):
     if values.dtype.element_ty == tl.int32:
         place = row[:, None] * (SLOTS // 8) + tl.arange(0, SLOTS // 8)[None, :]
         words = tl.load(values + place, mask=there, other=None if there is None else 0)
-        halves = (words[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :]) & 15
-        found = (tl.reshape(halves, [row.shape[0], SLOTS]) ^ 8) - 8
+        codes = int4(words[:, :, None] >> (tl.arange(0, 8) * 4)[None, None, :])
+        found = tl.reshape(codes, [row.shape[0], SLOTS])
     else:
         place = row[:, None] * SLOTS + tl.arange(0, SLOTS)[None, :]
         found = tl.load(values + place, mask=there, other=None if there is None else 0)
@@ -102,7 +102,7 @@ def batched(
             position = column + tl.load(positions + begin + inside + j).to(tl.int32)
             if values.dtype.element_ty == tl.int32:
                 word = tl.load(values + (begin + inside) // 8 + j // 8)
-                value = (((word >> (j % 8 * 4)) & 15 ^ 8) - 8).to(tl.float32)
+                value = int4(word >> (j % 8 * 4)).to(tl.float32)
             else:
                 value = tl.load(values + begin + inside + j).to(tl.float32)
             if SCALED > 1:

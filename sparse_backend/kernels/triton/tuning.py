@@ -8,12 +8,12 @@ kernel takes and in which order it adds, not what it computes.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import itertools
 import json
 import operator
-import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from ...errors import OptionError
-from ...files import write_text
+from ...files import cache_folder, write_text
 from .common import Launch
 
 FAMILIES = ("nm", "sell", "ternary", "block")
@@ -78,8 +78,7 @@ def slug(card: str) -> str:
 
 def user_file(card: str) -> Path:
     """Where `--tune` keeps a card's settings."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "sparse_backend" / f"gpu-{slug(card)}.json"
+    return cache_folder() / f"gpu-{slug(card)}.json"
 
 
 def file_of(card: str) -> Path | None:
@@ -125,14 +124,11 @@ def load(path: Path) -> dict[str, Launches]:
     return dict(found)
 
 
-class trying:
+@contextlib.contextmanager
+def trying(family: str, key: Key, launch: Launch) -> Iterator[None]:
     """Kernels of a family run with other settings meanwhile; for measuring them."""
-
-    def __init__(self, family: str, key: Key, launch: Launch) -> None:
-        self.entry, self.launch = (family, key), launch
-
-    def __enter__(self) -> None:
-        _tried[self.entry] = self.launch
-
-    def __exit__(self, *_: object) -> None:
-        del _tried[self.entry]
+    _tried[family, key] = launch
+    try:
+        yield
+    finally:
+        del _tried[family, key]
