@@ -18,7 +18,7 @@ import math
 import statistics
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,9 +50,8 @@ _FILLER_BYTES = 128 << 20
 _SECONDS = 0.005
 _CALLS = (4, 80)
 _COLD_ROUNDS = 8
-# What is tried for KernelCost.exponent and scale.
+# What is tried for KernelCost.exponent.
 _EXPONENTS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
-_SCALES = tuple(np.linspace(0.6, 1.5, 91).tolist())
 # sell is for few stored weights, where padding is what differs; of the others, time is not quite a line.
 _DENSITIES = {"bitmask": (0.2, 0.45, 0.7), "sell": (0.08, 0.2, 0.4), "block": (0.2, 0.7)}
 _LOSSLESS = ("bf16", "bf16x12")  # what plans choose between; the rest gets by with the outermost densities
@@ -291,13 +290,14 @@ class _Measured:
         ]
         exponents, scales = zip(*(self._fit_memory(batch, compute) for batch in _COLD_BATCHES), strict=True)
 
-        def everywhere(points: tuple[float, ...]) -> tuple[float, ...]:
+        def everywhere(points: Sequence[float]) -> tuple[float, ...]:
             return tuple(np.interp(BATCHES, _COLD_BATCHES, points).tolist())
 
-        return KernelCost(self.densities, tuple(compute), everywhere(exponents), everywhere(scales))
+        by_density = tuple(everywhere(points) for points in zip(*scales, strict=True))
+        return KernelCost(self.densities, tuple(compute), everywhere(exponents), by_density)
 
-    def _fit_memory(self, batch: int, compute: list[tuple[float, ...]]) -> tuple[float, float]:
-        """(exponent, scale) that come nearest to the times from memory."""
+    def _fit_memory(self, batch: int, compute: list[tuple[float, ...]]) -> tuple[float, list[float]]:
+        """The exponent that comes nearest to the times from memory, and per density the scale for the rest."""
         shape, i = (self.rows, _COLUMNS), BATCHES.index(batch)
         positions = self.rows * _COLUMNS
         points = []
@@ -313,11 +313,14 @@ class _Measured:
             _, seconds, memory = min(typical)
             points.append((seconds, memory, hot))
 
-        def distance(exponent: float, scale: float) -> float:
-            off = [math.log(scale * both(memory, hot, exponent) / seconds) for seconds, memory, hot in points]
-            return sum(o * o for o in off) + 2 * math.log(scale) ** 2  # of equals the one that needs no scale
+        def unexplained(exponent: float) -> list[float]:
+            return [seconds / both(memory, hot, exponent) for seconds, memory, hot in points]
 
-        return min(((e, s) for e in _EXPONENTS for s in _SCALES), key=lambda pair: distance(*pair))
+        def distance(exponent: float) -> float:
+            return sum(math.log(scale) ** 2 for scale in unexplained(exponent))
+
+        best = min(_EXPONENTS, key=distance)
+        return best, unexplained(best)
 
 
 @functools.lru_cache(maxsize=4)  # three densities beside the dense one

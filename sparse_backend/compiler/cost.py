@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 
 from ..errors import OptionError
 
-PROFILE_VERSION = 4
+PROFILE_VERSION = 5
 
 _SPARSE_VALUES = ("bf16", "bf16x12", "fp16", "int8", "int4")
 # (format, kind of values) of every kernel that plans choose from; `dense` is the engine's own. Ternary kernels with
@@ -93,33 +93,41 @@ class KernelCost:
         compute: for each of these, seconds per position of a weight that stays in the cache.
         exponent: how well memory and compute time hide each other: 1 is not at all (their sum), many is perfectly
             (the longer of them); between, they disturb each other most where they are equal.
-        scale: what is left to explain: above 1 where both times together are not enough, below 1 where a product
-            from memory was faster than the longer of them.
+        scale: for each density, what is left to explain: above 1 where both times together are not enough, below 1
+            where a product from memory was faster than the longer of them.
     """
 
     densities: tuple[float, ...]
     compute: tuple[tuple[float, ...], ...]
     exponent: tuple[float, ...]
-    scale: tuple[float, ...]
+    scale: tuple[tuple[float, ...], ...]
 
     def per_position(self, density: float) -> tuple[float, ...]:
         """Seconds per position at `density`, for the tokens of Profile.batches.
 
         On a line between measured densities; beyond the outermost, on that of the last two, but never below 0.
         """
+        return tuple(max(0.0, seconds) for seconds in self._at(self.compute, density))
+
+    def scale_at(self, density: float) -> tuple[float, ...]:
+        """`scale` between measured densities; beyond the outermost, that of the outermost."""
+        return self._at(self.scale, min(max(density, self.densities[0]), self.densities[-1]))
+
+    def _at(self, rows: tuple[tuple[float, ...], ...], density: float) -> tuple[float, ...]:
         if len(self.densities) == 1:
-            return self.compute[0]
+            return rows[0]
         i = max(1, min(bisect.bisect_left(self.densities, density), len(self.densities) - 1))
         low, high = self.densities[i - 1], self.densities[i]
         part = (density - low) / (high - low)
-        return tuple(max(0.0, a + (b - a) * part) for a, b in zip(self.compute[i - 1], self.compute[i], strict=True))
+        return tuple(a + (b - a) * part for a, b in zip(rows[i - 1], rows[i], strict=True))
 
     @classmethod
     def of_json(cls, data: Mapping[str, Any]) -> KernelCost:
         """Raises: KeyError, TypeError, ValueError: it is none."""
-        densities, exponent, scale = (tuple(map(float, data[key])) for key in ("densities", "exponent", "scale"))
-        compute = tuple(tuple(map(float, points)) for points in data["compute"])
-        if not densities or list(densities) != sorted(set(densities)) or len(compute) != len(densities):
+        densities, exponent = (tuple(map(float, data[key])) for key in ("densities", "exponent"))
+        compute, scale = (tuple(tuple(map(float, row)) for row in data[key]) for key in ("compute", "scale"))
+        in_order = list(densities) == sorted(set(densities))
+        if not densities or not in_order or not len(compute) == len(scale) == len(densities):
             raise ValueError("its densities do not ascend, or lack measurements")
         return cls(densities, compute, exponent, scale)
 
@@ -167,7 +175,7 @@ class Profile:
         compute = self._at(cost.per_position(density), batch) * positions
         memory = machine_bytes(format, values, shape, stored) / self.bandwidth
         together = both(memory, compute, self._between(cost.exponent, batch))
-        return self.overhead + self._between(cost.scale, batch) * together
+        return self.overhead + self._between(cost.scale_at(density), batch) * together
 
     def _at(self, points: Sequence[float], batch: int) -> float:
         """Between measured batches on a line; beyond the last in proportion to it."""
@@ -199,7 +207,7 @@ class Profile:
                 raise ValueError("it is of another version")
             kernels = {name: KernelCost.of_json(k) for name, k in data.pop("kernels").items()}
             profile = cls(**{**data, "batches": tuple(data["batches"]), "kernels": kernels})
-            counts = {len(points) for k in kernels.values() for points in (*k.compute, k.exponent, k.scale)}
+            counts = {len(points) for k in kernels.values() for points in (*k.compute, k.exponent, *k.scale)}
             if (
                 len(profile.batches) < 2
                 or counts != {len(profile.batches)}

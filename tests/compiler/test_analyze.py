@@ -36,7 +36,7 @@ def save(folder, tensors, config=LLAMA):
 PROFILE = Profile(
     machine="a test's machine", fingerprint="", threads=1, bandwidth=1e9, overhead=1e-6, batches=(1, 8),
     kernels={
-        f"{format}/{values}": KernelCost((1.0,), ((1.25e-10, 1e-9),), (10.0, 10.0), (1.0, 1.0))
+        f"{format}/{values}": KernelCost((1.0,), ((1.25e-10, 1e-9),), (10.0, 10.0), ((1.0, 1.0),))
         for format, values in KERNELS
         if format not in ("block", "int4")
     },

@@ -24,12 +24,12 @@ NOTHING, ONCE, HIDDEN = (0.0,) * 3, (1.0,) * 3, (100.0,) * 3
 
 def kernel_of(stored: tuple[float, ...], exponent=HIDDEN, scale=ONCE) -> KernelCost:
     """Costs so many seconds per stored value, for 1, 8 and 64 tokens."""
-    return KernelCost((0.0, 1.0), (NOTHING, stored), exponent, scale)
+    return KernelCost((0.0, 1.0), (NOTHING, stored), exponent, (scale, scale))
 
 
 def machine(**stored: float) -> Profile:
     """Memory of 10 GB/s; kernels named `format__values` cost so many seconds per stored value and token."""
-    kernels = {"dense/bf16": KernelCost((1.0,), ((2e-10, 16e-10, 64e-10),), HIDDEN, ONCE)}
+    kernels = {"dense/bf16": KernelCost((1.0,), ((2e-10, 16e-10, 64e-10),), HIDDEN, (ONCE,))}
     for name, seconds in stored.items():
         per_batch = tuple(seconds * b for b in BATCHES)
         kernels[name.replace("__", "/")] = kernel_of(per_batch)
@@ -53,12 +53,14 @@ def test_seconds_are_those_of_memory_and_compute_and_how_they_hide_each_other():
 
 
 def test_between_and_beyond_the_densities_measured():
-    kernel = KernelCost((0.2, 0.4, 0.8), ((1.0, 8.0), (2.0, 4.0), (6.0, 3.0)), HIDDEN, ONCE)
-    for density, expected in (
-        (0.2, (1, 8)), (0.3, (1.5, 6)), (0.4, (2, 4)), (0.6, (4, 3.5)), (1.0, (8, 2.5)),
-        (0.1, (0.5, 10)), (0.0, (0, 12)),
-    ):  # fmt: skip
+    points = ((1.0, 8.0), (2.0, 4.0), (6.0, 3.0))
+    kernel = KernelCost((0.2, 0.4, 0.8), points, HIDDEN, points)
+    for density, expected in ((0.2, (1, 8)), (0.3, (1.5, 6)), (0.4, (2, 4)), (0.6, (4, 3.5))):
         assert kernel.per_position(density) == pytest.approx(expected)
+        assert kernel.scale_at(density) == pytest.approx(expected)
+    for density, seconds, scale in ((1.0, (8, 2.5), (6, 3)), (0.1, (0.5, 10), (1, 8)), (0.0, (0, 12), (1, 8))):
+        assert kernel.per_position(density) == pytest.approx(seconds)
+        assert kernel.scale_at(density) == scale
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5])
@@ -103,7 +105,7 @@ def test_the_batch_decides():
 def test_a_format_far_slower_than_dense_in_prefill_is_not_taken():
     # A tenth of dense at batch 1, five times dense at 64.
     kernel = kernel_of((2e-11, 1e-9, 320e-10))
-    dense = KernelCost((1.0,), ((2e-10, 16e-10, 64e-10),), HIDDEN, ONCE)
+    dense = KernelCost((1.0,), ((2e-10, 16e-10, 64e-10),), HIDDEN, (ONCE,))
     kernels = {"dense/bf16": dense, "bf16x12/bf16x12": kernel}
     profile = Profile("m", "none", 1, 1e10, 0.0, BATCHES, kernels)
     weight = torch.randn(64, 512).bfloat16()
@@ -269,7 +271,7 @@ def test_this_machine_is_measured_once_and_the_file_is_used(tmp_path, monkeypatc
     first = Profile.load(tmp_path / "shipped.json")
     assert set(first.kernels) == {f"{f}/{v}" for f, v in cost.KERNELS}
     for name, kernel in first.kernels.items():
-        assert all(p > 0 for points in (*kernel.compute, kernel.exponent, kernel.scale) for p in points), name
+        assert all(p > 0 for points in (*kernel.compute, kernel.exponent, *kernel.scale) for p in points), name
     if first.threads == torch.get_num_threads():  # not so on a machine too busy to measure
         for _ in range(2):  # from this process's memory, then from the file
             assert calibrate.current_profile(lambda *a: pytest.fail("measured twice")) == first
