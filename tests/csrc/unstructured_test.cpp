@@ -261,10 +261,23 @@ std::vector<Implementation> implementations() {
                       run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
     };
+    const auto slices_in_tiles = [&](const un::StripKernels& kernels, bool bf16_only) {
+      list.push_back({std::string("sell ") + kernels.name + kind,
+                      &sell::kStream,
+                      v,
+                      bf16_only,
+                      !bf16_only,
+                      {0, 128, 256},
+                      run_with<un::StripKernels, un::strips_linear>,
+                      &kernels});
+    };
     const auto tiles = [&](bool integer_values) {
       bitmask(bm::amx_kernels(v), !integer_values);
       blocks(lanes::amx_kernels(v), !integer_values);
+      slices_in_tiles(sell::amx_kernels(v, false), !integer_values);
       if (!integer_values) return;
+      slices_in_tiles(sell::amx_kernels(v, true), false);
+      with_int8_activations();
       bitmask(bm::amx_byte_kernels(v));
       with_int8_activations();
       blocks(lanes::amx_byte_kernels(v));

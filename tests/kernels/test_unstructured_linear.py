@@ -17,6 +17,9 @@ TOLERANCE = {torch.bfloat16: 2**-8, torch.float16: 2**-10, torch.float32: 1e-5}
 DTYPES = list(TOLERANCE)
 
 
+# Up to so many tokens `sell` does not use AMX, which adds floats in another order (csrc/sell/linear.cpp).
+SELL_WITHOUT_TILES = 24
+
 FORMATS = ["bitmask", "sell", "block", "bf16x12", "int4"]
 VALUES = [None, "bf16", "bf16x12", "int8", "int4"]
 
@@ -54,7 +57,7 @@ def check(x, packed, bias=None):
 @given(
     n=st.integers(1, 140),
     k=st.integers(1, 700),
-    tokens=st.integers(1, 12),
+    tokens=st.integers(1, 12) | st.integers(25, 36),
     zeros=st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
     dtype=st.sampled_from(DTYPES[:2]),
     form=st.sampled_from(FORMATS),
@@ -72,7 +75,7 @@ def test_any_shape_any_pattern(n, k, tokens, zeros, dtype, form, values, activat
     for level in cpu.available_levels():
         with cpu.forced_isa(level):
             results.append(check(x, packed, b))
-    if form == "sell":  # sums in the same order everywhere
+    if form == "sell" and tokens <= SELL_WITHOUT_TILES:  # sums in the same order everywhere
         assert all(torch.equal(r, results[0]) for r in results)
 
 
@@ -86,7 +89,9 @@ def test_a_row_does_not_depend_on_its_batch(isa, tokens, dtype, form, values):
     packed = pack(sparse_weight(61, 1100, 0.6), form, values)
     x = torch.randn(tokens, 1100).to(dtype)
     together = check(x, packed)
-    alone = torch.cat([sb.linear(row[None], packed) for row in x])
+    tiles = isa == "amx" and (form, values, dtype) == ("sell", None, torch.bfloat16) and tokens > SELL_WITHOUT_TILES
+    fewest = 1 + SELL_WITHOUT_TILES if tiles else 1
+    alone = torch.cat([sb.linear(row.expand(fewest, -1), packed)[-1:] for row in x])
     assert torch.equal(together, alone)
 
 

@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "../unstructured/values.h"
+#include "../unstructured/strips.h"
 #include "layout.h"
 
 namespace sparse_backend::sell {
@@ -61,6 +61,8 @@ const Kernels& scalar_kernels(Values values);
 const Kernels& avx2_kernels(Values values);
 const Kernels& avx512_kernels(Values values);
 const Kernels& avx512_bf16_kernels(Values values);  // bf16 values and activations, vdpbf16ps
+// Of bf16 activations, and for integer values of 16 or 8 bits. Not of fp16 values.
+const unstructured::StripKernels& amx_kernels(Values values, bool byte_activations);
 #endif
 
 }  // namespace sparse_backend::sell

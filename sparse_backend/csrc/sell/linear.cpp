@@ -25,6 +25,15 @@ int token_stride(int tokens, int lanes) {
   return stride;
 }
 
+// Up to so many tokens AVX-512 is faster than placing weights in tiles (amx.cpp). Sums of floats are rounded
+// in another order there.
+constexpr int64_t kTokensWithoutTiles = 24;
+
+bool tiles_win(Values values, DType x_type, int64_t tokens) {
+  return tokens > kTokensWithoutTiles && active_isa() == Isa::kAmx &&
+         unstructured::takes_tiles(values, x_type);
+}
+
 struct Call {
   const unstructured::View& weight;
   const unstructured::LinearArgs& args;
@@ -145,9 +154,17 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
 
 }  // namespace
 
-const char* kernel_name(Values values, DType x_type) { return level_name(kLevels, values, x_type); }
+const char* kernel_name(Values values, DType x_type) {
+  return tiles_win(values, x_type, kTokensWithoutTiles + 1) ? "amx" : level_name(kLevels, values, x_type);
+}
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
+#if defined(__x86_64__)
+  if (tiles_win(w.header.values, args.x_type, args.tokens)) {
+    const unstructured::StripKernels& kernels = amx_kernels(w.header.values, w.header.activation_bits == 8);
+    return strips_linear(kernels, w, args, pool);
+  }
+#endif
   linear_with(select(kLevels, w.header, args), w, args, pool);
 }
 

@@ -5,7 +5,7 @@
 //   run(args)      a unit: run_unit<Policy>, mostly
 //   kActivations   how activations stand in A tiles
 //   kSmall, kLarge   tiles of a strip decoded at a time: for so few tokens that their sums stay in
-//                  tiles, and for more
+//                  tiles (0: never), and for more
 //   Strips<n>(args, first)   n strips side by side, which store the same columns:
 //     tiles        of a strip
 //     columns      of a tile: 32 of bf16, 64 of int8, or fewer
@@ -91,11 +91,13 @@ class Run {
     }
     const int step = kAcross * args_.tile_tokens, passes = (args_.tokens + step - 1) / step;
     if (tiles == 0) return;
-    if (passes == 1) {
-      for (int g = 0; g < groups_; ++g) in_registers(g);
-    } else {
-      block_by_block(step, passes);
+    if constexpr (Policy::kSmall > 0) {
+      if (passes == 1) {
+        for (int g = 0; g < groups_; ++g) in_registers(g);
+        return;
+      }
     }
+    block_by_block(step, passes);
   }
 
  private:

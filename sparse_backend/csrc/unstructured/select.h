@@ -29,6 +29,12 @@ const Kernels& at_avx512(const Levels<Kernels>& levels, Values values, bool bf16
 // Up to so many tokens integers are faster without tiles, where every group of scales has to wait for one.
 constexpr int64_t kTokensWithoutTiles = 4;
 
+// Whether the level `amx` has tiles for this.
+inline bool takes_tiles(Values values, DType x_type) {
+  const bool bf16 = values == Values::kBf16 || values == Values::kBf16x12;
+  return is_integer(values) || (bf16 && x_type == DType::kBf16);
+}
+
 // What `tokens` tokens are multiplied by; `int8`: integer values whose activations have 8 bits. Integers have
 // the same sums with tiles and without; those of floats are rounded in another order, so that all tokens take
 // the same way.
@@ -40,7 +46,7 @@ const Kernels& select(const Levels<Kernels>& levels, Values values, DType x_type
     case Isa::kAmx:
       if (is_integer(values) && tokens <= kTokensWithoutTiles) return at_avx512(levels, values, bf16, int8);
       if (int8 && levels.amx_bytes != nullptr) return levels.amx_bytes(values);
-      if ((bf16 || is_integer(values)) && levels.amx != nullptr) return levels.amx(values);
+      if (takes_tiles(values, x_type) && levels.amx != nullptr) return levels.amx(values);
       [[fallthrough]];
     case Isa::kAvx512:
       return at_avx512(levels, values, bf16, int8);

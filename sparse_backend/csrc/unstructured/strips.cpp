@@ -138,8 +138,9 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
     // Small matrices stay on this thread; large ones are cut into at least eight pieces per thread, as some
     // cores may be half as fast as others.
     constexpr int64_t kMultiplyAdds = 262144;
-    const int64_t together = unit_strips(kernel, h.parts, tokens, pool);
-    const int64_t units = (h.parts + together - 1) / together;
+    const int64_t strips = h.parts * kernels.part_strips,
+                  together = unit_strips(kernel, strips, tokens, pool);
+    const int64_t units = (strips + together - 1) / together;
     int64_t range = kMultiplyAdds / (together * kStripRows * (k + 1) * tokens) + 1;
     const int64_t even_share = units / (8 * int64_t{pool.threads}) + 1;
     if (units > range && range < even_share) range = even_share;
@@ -154,17 +155,20 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
       unit.group_columns = h.group_size;
       unit.x_row_bytes = prepared.row_bytes;
       unit.tile_tokens = prepared.height;
-      unit.strip_scales = groups * kStripRows;
+      const bool by_group = kernels.part_strips > 1;
+      unit.strip_scales = by_group ? kStripRows : groups * kStripRows;
+      unit.group_scales = by_group ? n : kStripRows;
       unit.x_sum_stride = prepared.sum_stride;
       unit.out = reinterpret_cast<float*>(scratch);
       unit.scratch = scratch + result_bytes;
       for (int64_t u = begin; u < end; ++u) {
         const int64_t first = u * together, row = first * kStripRows;
-        unit.strips = static_cast<int>(h.parts - first < together ? h.parts - first : together);
-        unit.scales = w.scales + row * groups;
+        unit.strips = static_cast<int>(strips - first < together ? strips - first : together);
+        unit.scales = w.scales + first * unit.strip_scales;
         for (int s = 0; s < unit.strips; ++s) {
-          const uint64_t offset = w.offsets[first + s];
-          unit.strip[s] = offset == w.offsets[first + s + 1] ? nullptr : w.stream + offset;
+          const int64_t part = (first + s) / kernels.part_strips;
+          const uint64_t offset = w.offsets[part];
+          unit.strip[s] = offset == w.offsets[part + 1] ? nullptr : w.stream + offset;
         }
         const int64_t rows = unit.strips * int64_t{kStripRows};
         const int step = batched ? tokens : prepared.height;

@@ -1,5 +1,5 @@
-// What the formats cut into strips of 16 rows share (bitmask/, lanes/): a 32-bit lane is a row, so no
-// sum crosses lanes and an activation is one broadcast. The driver is strips.cpp.
+// What the formats cut into strips of 16 rows share (bitmask/, lanes/, sell/ on AMX): a 32-bit lane is a row,
+// so no sum crosses lanes and an activation is one broadcast. The driver is strips.cpp.
 #pragma once
 
 #include "values.h"
@@ -15,13 +15,14 @@ constexpr int kUnitStrips = 4;
 constexpr int kMostUnitStrips = 16;  // of kernels that take more (BatchKernel::strips)
 
 struct StripArgs {
-  const uint8_t* strip[kMostUnitStrips];  // the stream of each; nullptr for one that stores nothing
+  const uint8_t* strip[kMostUnitStrips];  // the stream of each's part; nullptr for one that stores nothing
   int strips;                             // at least 1
   bool one_stream;                        // this processor reads faster strip after strip (cpu_features.h)
   int64_t columns;
   const ExponentTable* exponents;  // of kBf16x12 values
   const float* scales;             // integer values: of the first strip, [groups][kStripRows]
   int64_t strip_scales;            // floats from one strip's scales to the next one's
+  int64_t group_scales;            // floats from one group's to the next one's
   int64_t group_columns;           // columns per group of scales; 0: one group
   const uint8_t* x;       // activations in tiles of tokens: [tile][x_unit_bytes' worth of columns][token]
   int64_t x_row_bytes;    // of one token
@@ -39,7 +40,7 @@ struct BatchKernel {
   int tokens;                // most per call
   int tile;                  // most in a tile
   int step;                  // a tile has room for a multiple of so many tokens, padded with zeros
-  int strips = kUnitStrips;  // most per call, for more than one tile of tokens
+  int strips = kUnitStrips;  // most per call, for more than one tile of tokens; calls are of whole parts
 };
 
 // One instruction set's kernels for one kind of stored values.
@@ -52,6 +53,9 @@ struct StripKernels {
   int gemv_tiles;           // batches of up to so many tiles are faster with `gemv`
   bool wants_sums;          // of the activations, 16 by 16
   int64_t scratch_bytes;    // per thread
+  // Strips in a part of the stream: 1 or 4. The scales of more than one stand as [group][N], not
+  // [strip][group][kStripRows].
+  int part_strips = 1;
   // Converts one token's `k` activations, zero-padded. For integer values they are int16 below `limit`;
   // returns their scale.
   float (*prepare)(const void* x, DType dtype, int64_t k, int limit, void* out);
