@@ -181,8 +181,10 @@ struct Avx2Integer : Avx2Shape<kKind> {
     if constexpr (kKind == Values::kInt4) {
       uint64_t mask;
       std::memcpy(&mask, masks + 8 * i, sizeof(mask));
-      unstructured::int4_bytes(run, codes);
-      unstructured::int4_bytes(run + 16, codes + 32);
+      for (int half = 0; half < 2; ++half) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 32 * half),
+                            unstructured::int4_bytes(run + 16 * half));
+      }
       bytes = codes;
       run += unstructured::run_bytes(kKind, __builtin_popcountll(mask));
     }

@@ -1,19 +1,120 @@
-// AVX2. One token: eight rows at a time, their activations loaded one by one from L1. Cycles per
-// entry of one token at 90% zeros on Ice Lake, losers in brackets: about 2 as it stands; [4.0] vgatherdps,
-// which microcode against Downfall has slowed; [2.8] one entry at a time, mispredicting the lengths of
-// steps. Batches: a register is 8 tokens.
+// AVX2. A few tokens: 32 entries' columns are looked up in a block's activations, low bytes and high bytes
+// apart, 16 at a time. vpshufb finds zero where a byte of the index is negative, and tables stand as
+// differences: the first 16, those from the first to the second, and so on. So exclusive or of look-ups by c,
+// c - 16, c - 32, ... is what stands at c, without comparing or selecting. More tokens: a register is 8 of
+// them.
+//
+// Instructions per 32 entries of bf16 in 12 bits: 95. (One by one, loaded from L1 into a register of rows:
+// about 280.)
 #include <immintrin.h>
 
 #include <type_traits>
 
 #include "../unstructured/decode_avx2.h"
-#include "kernel_impl.h"
+#include "gemv_impl.h"
 
 namespace sparse_backend::sell {
 namespace {
 
-// kFirstLanes + 8 - n: the first n of eight lanes.
+constexpr int kGroupRows = 16,
+              kGroups = kSliceRows / kGroupRows;  // a register is two entries of so many rows
+
+// Before + 32 - n: n bytes of zeros, then ones. kFirstLanes + 8 - n: the first n of eight lanes.
+struct AfterBytes {
+  alignas(64) uint8_t mask[64];
+  constexpr AfterBytes() : mask() {
+    for (int i = 0; i < 64; ++i) mask[i] = i < 32 ? 0 : 0xFF;
+  }
+  // For a group of `rows` rows, of which each has two entries.
+  inline __m256i of(int rows) const {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 32 - 2 * rows));
+  }
+};
+constexpr AfterBytes kAfter;
 alignas(64) constexpr int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+
+inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+// Of the two entries of 16 rows, which stand side by side in dwords: rows 0-3 and 8-11 in `first`, the others
+// in `last`. Past the active rows they are finite numbers, of other weights.
+template <Values kValues>
+class Weights {
+ public:
+  Weights(const Stored& block, const ExponentTable& table, int64_t ahead)
+      : run_(block.run),
+        codes_(block.run + block.header->entries),
+        ahead_(reinterpret_cast<uintptr_t>(block.header) + ahead),
+        exponents_(
+            _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.exponent)))) {}
+
+  // Group `g` of a step of `active` rows.
+  inline void group(int g, int active, __m256i& first, __m256i& last) const {
+    if constexpr (kValues == Values::kBf16x12) {
+      const __m256i high = _mm256_shuffle_epi8(exponents_, unstructured::half_bytes(codes_ + kGroupRows * g));
+      const __m256i low = load(run_ + 2 * kGroupRows * g);
+      first = rotated(_mm256_unpacklo_epi8(low, high));
+      last = rotated(_mm256_unpackhi_epi8(low, high));
+    } else if constexpr (unstructured::is_integer(kValues)) {
+      __m256i v;
+      if constexpr (kValues == Values::kInt8) {
+        v = load(run_ + 2 * kGroupRows * g);
+      } else {
+        v = unstructured::int4_bytes(run_ + kGroupRows * g);
+      }
+      first = _mm256_srai_epi16(_mm256_unpacklo_epi8(v, v), 8);
+      last = _mm256_srai_epi16(_mm256_unpackhi_epi8(v, v), 8);
+    } else {  // what follows the active rows might be taken for infinities
+      const int rows = active - kGroupRows * g;
+      const auto eight = [&](int from) {
+        const int n = rows - from < 0 ? 0 : rows - from < 8 ? rows - from : 8;
+        return _mm256_maskload_epi32(reinterpret_cast<const int*>(run_) + kGroupRows * g + from,
+                                     load(kFirstLanes + 8 - n));
+      };
+      const __m256i a = eight(0), b = eight(8);
+      first = _mm256_permute2x128_si256(a, b, 0x20);
+      last = _mm256_permute2x128_si256(a, b, 0x31);
+    }
+  }
+  // To the next step.
+  inline void skip(int active) {
+    if constexpr (kValues == Values::kBf16x12) {
+      run_ += 2 * active;
+      codes_ += active;
+    } else {
+      run_ += unstructured::run_bytes(kValues, 2 * active);
+    }
+    // As much as the step takes. As an integer: it may be past the end.
+    constexpr int64_t kBytes = 2 + unstructured::run_bytes(kValues, 2);
+    __builtin_prefetch(reinterpret_cast<const void*>(ahead_));
+    if constexpr (kBytes > 4) __builtin_prefetch(reinterpret_cast<const void*>(ahead_ + 64));
+    ahead_ += kBytes * active;
+  }
+  inline void unpack(int active, __m256i* words) {
+    group(0, active, words[0], words[1]);
+    if (active > kGroupRows) group(1, active, words[2], words[3]);
+    skip(active);
+  }
+
+ private:
+  static inline __m256i rotated(__m256i v) {
+    return _mm256_or_si256(_mm256_srli_epi16(v, 1), _mm256_slli_epi16(v, 15));
+  }
+
+  const uint8_t* run_;
+  const uint8_t* codes_;
+  uintptr_t ahead_;
+  __m256i exponents_;
+};
+
+// Weights that were unpacked before.
+struct Unpacked {
+  const __m256i* words;
+  inline void group(int g, int, __m256i& first, __m256i& last) const {
+    first = words[2 * g];
+    last = words[2 * g + 1];
+  }
+  inline void skip(int) { words += 2 * kGroups; }
+};
 
 template <Values kKind>
 struct Avx2 {
@@ -50,119 +151,125 @@ struct Avx2 {
   static inline void add_scaled(float* out, Vector acc, float scale) {
     _mm256_storeu_ps(out, added(_mm256_loadu_ps(out), acc, _mm256_set1_ps(scale)));
   }
-  // The words in the lower (kSecond: upper) halves of eight lanes, as multiply_add() takes them.
-  template <bool kSecond>
-  static inline __m256i one_of_two(__m256i pairs) {
-    if constexpr (kKind == Values::kBf16 || kKind == Values::kBf16x12) {
-      return kSecond ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xFFFF0000U)))
-                     : _mm256_slli_epi32(pairs, 16);
-    }
-    const __m256i words =
-        kSecond ? _mm256_srli_epi32(pairs, 16) : _mm256_and_si256(pairs, _mm256_set1_epi32(0xFFFF));
-    if constexpr (kInteger) return words;
-    const __m128i packed =
-        _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-    return _mm256_castps_si256(_mm256_cvtph_ps(packed));
-  }
 
-  // acc += weights * x[columns[0, 2, ..., 14]], eight rows. x: floats, or int32 in their place.
-  static inline Vector multiply_add_rows(__m256i weights, const uint8_t* columns, const float* x,
-                                         Vector acc) {
-    const __m256 found = _mm256_setr_ps(x[columns[0]], x[columns[2]], x[columns[4]], x[columns[6]],
-                                        x[columns[8]], x[columns[10]], x[columns[12]], x[columns[14]]);
+  // acc += w * x: the first of a row's two entries, then the second.
+  static inline Vector two_entries(__m256i w, __m256i x, Vector acc) {
     if constexpr (kInteger) {
-      return _mm256_add_epi32(acc, _mm256_madd_epi16(weights, _mm256_castps_si256(found)));
+      return _mm256_add_epi32(acc, _mm256_madd_epi16(w, x));
+    } else if constexpr (kKind == Values::kFp16) {
+      const auto floats = [](__m256i words) {
+        return _mm256_cvtph_ps(
+            _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+      };
+      const __m256i lower = _mm256_set1_epi32(0xFFFF);
+      acc = _mm256_fmadd_ps(floats(_mm256_and_si256(w, lower)), floats(_mm256_and_si256(x, lower)), acc);
+      return _mm256_fmadd_ps(floats(_mm256_srli_epi32(w, 16)), floats(_mm256_srli_epi32(x, 16)), acc);
     } else {
-      return _mm256_fmadd_ps(_mm256_castsi256_ps(weights), found, acc);
+      const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xFFFF0000U));
+      const auto first = [](__m256i v) { return _mm256_castsi256_ps(_mm256_slli_epi32(v, 16)); };
+      const auto second = [&](__m256i v) { return _mm256_castsi256_ps(_mm256_and_si256(v, upper)); };
+      acc = _mm256_fmadd_ps(first(w), first(x), acc);
+      return _mm256_fmadd_ps(second(w), second(x), acc);
     }
   }
 };
 
-// Two entries of each of `rows` (at most 8) rows. What follows the last row is read as columns up to
-// 255, of the next block's activations, and multiplied by zero.
-template <class Simd>
-inline auto step(const uint8_t* columns, const uint16_t* values, int rows, const float* x,
-                 typename Simd::Vector acc) {
-  const __m256i lanes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kFirstLanes + 8 - rows));
-  const __m256i pairs = _mm256_maskload_epi32(reinterpret_cast<const int*>(values), lanes);
-  acc = Simd::multiply_add_rows(Simd::template one_of_two<false>(pairs), columns, x, acc);
-  return Simd::multiply_add_rows(Simd::template one_of_two<true>(pairs), columns + 1, x, acc);
-}
+struct Avx2Level {
+  using Word = __m256i;
+  using Unpacked = sell::Unpacked;
+  template <Values kValues>
+  using Weights = sell::Weights<kValues>;
+  static constexpr int kStepWords = 2 * kGroups, kTogether = 2;
+  static constexpr bool kDifferences = true;
 
-template <Values kKind>
-void gemv(const UnitArgs& args) {
-  using Simd = Avx2<kKind>;
-  const ExponentTable table = *args.exponents;
-  uint16_t* words = static_cast<uint16_t*>(args.scratch);
-  const uint8_t* stream[kUnitStrips];
-  for (int s = 0; s < args.strips; ++s) stream[s] = args.strip[s];
-  for (int i = 0; i < args.strips * kStripRows; ++i) args.out[i] = 0;
-  const float* x = static_cast<const float*>(args.x);
-  for (int64_t b = 0; b < args.blocks; ++b, x += kBlockColumns) {
-    for (int s = 0; s < args.strips; ++s) {
-      Block<Simd> block;
-      stream[s] = block.read(stream[s], table, words);
-      const uint8_t* columns = block.columns;
-      const uint16_t* values = block.values;
-      const uint8_t* active = block.active;
-      alignas(32) int32_t sums[kStripRows];
-      for (int slice = 0; slice < kSlices; ++slice) {
-        typename Simd::Vector acc[4] = {Simd::zero(), Simd::zero(), Simd::zero(), Simd::zero()};
-        for (int j = block.header->steps[slice]; j > 0; --j) {
-          const int count = *active++;
-          block.prefetch(count);
-          const auto eight = [&](int i) {
-            const int rows = count - 8 * i < 8 ? count - 8 * i : 8;
-            acc[i] = step<Simd>(columns + 16 * i, values + 16 * i, rows, x, acc[i]);
-          };
-          eight(0);
-          if (count > 8) eight(1);
-          if (count > 16) eight(2);
-          if (count > 24) eight(3);
-          columns += 2 * count;
-          values += 2 * count;
-        }
-        for (int i = 0; i < 4; ++i) {  // to their slots
-          int32_t* to = sums + slice * kSliceRows;
-          std::memcpy(to + slot(8 * i), &acc[i], 16);
-          std::memcpy(to + slot(8 * i + 4), reinterpret_cast<const uint8_t*>(&acc[i]) + 16, 16);
-        }
+  // Adds two entries of each of 16 rows, of which `rows` have some: acc[token][first rows, last rows].
+  template <class Simd, int kTokens>
+  static inline void group(const uint8_t* columns, int rows, __m256i first, __m256i last, const uint8_t* x,
+                           typename Simd::Vector acc[kTokens][2]) {
+    __asm__ volatile("" : "+r"(x));  // or all tables would be copied to the stack first
+    __m256i at = _mm256_or_si256(load(columns), kAfter.of(rows)), low[kTokens], high[kTokens];
+    const __m256i sixteen = _mm256_set1_epi8(16);
+#pragma GCC unroll 8
+    for (int i = 0; i < kBlockColumns / 16; ++i) {
+#pragma GCC unroll 2
+      for (int t = 0; t < kTokens; ++t) {
+        const auto found = [&](int plane) {
+          const auto* table =
+              reinterpret_cast<const __m128i*>(x + t * kTableBytes + plane * kBlockColumns + 16 * i);
+          return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(table)), at);
+        };
+        low[t] = i == 0 ? found(0) : _mm256_xor_si256(low[t], found(0));
+        high[t] = i == 0 ? found(1) : _mm256_xor_si256(high[t], found(1));
+        // In this order: GCC would make a tree of it, for which there are not registers enough.
+        __asm__ volatile("" : "+x"(low[t]), "+x"(high[t]));
       }
-      const float* scales = block_scales<Simd>(args, b, s);
-      float* out = args.out + s * kStripRows;
-      for (int r = 0; r < kStripRows; r += 8) {
-        const __m256i rank =
-            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(block.header->rank + r)));
-        const __m256i mine = _mm256_i32gather_epi32(sums, rank, 4);
-        if constexpr (Simd::kInteger) {
-          _mm256_storeu_ps(out + r, Simd::added(_mm256_loadu_ps(out + r), mine, _mm256_loadu_ps(scales + r)));
-        } else {
-          _mm256_storeu_ps(out + r, _mm256_add_ps(_mm256_loadu_ps(out + r), _mm256_castsi256_ps(mine)));
+      at = _mm256_sub_epi8(at, sixteen);
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < kTokens; ++t) {
+      acc[t][0] = Simd::two_entries(first, _mm256_unpacklo_epi8(low[t], high[t]), acc[t][0]);
+      acc[t][1] = Simd::two_entries(last, _mm256_unpackhi_epi8(low[t], high[t]), acc[t][1]);
+    }
+  }
+
+  template <class Simd, int kTokens, class Source>
+  static inline void multiply(const Stored& block, Source source, const uint8_t* x, float* out,
+                              int64_t out_stride, const float* scales) {
+    using Vector = typename Simd::Vector;
+    alignas(32) int32_t sums[kTokens][kStripRows];
+    const uint8_t* active = block.active;
+    const uint8_t* columns = block.columns;
+    for (int s = 0; s < kSlices; ++s) {
+      Vector acc[kGroups][kTokens][2];
+      for (auto& of_group : acc) {
+        for (auto& of_token : of_group) of_token[0] = of_token[1] = Simd::zero();
+      }
+      for (int j = block.header->steps[s]; j > 0; --j) {
+        const int rows = *active++;
+        __m256i first, last;
+        source.group(0, rows, first, last);
+        group<Simd, kTokens>(columns, rows < kGroupRows ? rows : kGroupRows, first, last, x, acc[0]);
+        if (rows > kGroupRows) {
+          source.group(1, rows, first, last);
+          group<Simd, kTokens>(columns + 2 * kGroupRows, rows - kGroupRows, first, last, x, acc[1]);
+        }
+        source.skip(rows);
+        columns += 2 * rows;
+      }
+      for (int g = 0; g < kGroups; ++g) {  // to their slots
+        for (int t = 0; t < kTokens; ++t) {
+          int32_t* to = sums[t] + s * kSliceRows + 8 * g;
+          std::memcpy(to, &acc[g][t][0], 32);
+          std::memcpy(to + kGroupRows, &acc[g][t][1], 32);
         }
       }
     }
+    for (int t = 0; t < kTokens; ++t) {
+      // One by one: microcode against Downfall has slowed vpgatherdd.
+      alignas(32) int32_t mine[kStripRows];
+#pragma GCC unroll 8
+      for (int r = 0; r < kStripRows; ++r) mine[r] = sums[t][block.header->rank[r]];
+      float* to = out + t * out_stride;
+#pragma GCC unroll 2
+      for (int r = 0; r < kStripRows; r += 8) {
+        Vector sum;
+        std::memcpy(&sum, mine + r, 32);
+        __m256 scale = _mm256_setzero_ps();
+        if constexpr (Simd::kInteger) scale = _mm256_loadu_ps(scales + r);
+        _mm256_storeu_ps(to + r, Simd::added(_mm256_loadu_ps(to + r), sum, scale));
+      }
+    }
   }
-}
+};
 
-// Activations as floats, or as int32 for integer values; a block of zeros after the last.
-template <Values kKind>
-float prepare(const void* x, DType dtype, int64_t k, int limit, int, int, int16_t* spare, void* out) {
-  const int64_t padded = round_up(k, kBlockColumns) + kBlockColumns;
-  if constexpr (unstructured::is_integer(kKind)) {
-    const float scale = unstructured::quantise_int16(x, dtype, k, padded, limit, spare);
-    auto* wide = static_cast<int32_t*>(out);
-    for (int64_t i = 0; i < padded; ++i) wide[i] = spare[i];
-    return scale;
-  }
-  float* floats = static_cast<float*>(out);
-  for (int64_t i = 0; i < k; ++i) floats[i] = load_as_float(x, dtype, i);
-  for (int64_t i = k; i < padded; ++i) floats[i] = 0;
-  return 1.0F;
-}
+// More are faster in registers of 8.
+constexpr int kGemvTokens = 4;
 
 template <Values kKind>
 constexpr Kernels make() {
-  return {"avx2", gemv<kKind>, 1, [](DType) { return true; }, 4, prepare<kKind>, batch<Avx2<kKind>>, 8};
+  using Simd = Avx2<kKind>;
+  return {"avx2", gemv<Avx2Level, Simd>,    kGemvTokens, gemv_takes<kKind>,
+          2,      prepare<Avx2Level, Simd>, batch<Simd>, 8};
 }
 
 }  // namespace

@@ -19,7 +19,14 @@ struct Avx512Bf16 {
 template <Values kKind>
 constexpr Kernels make() {
   using Simd = Avx512Bf16<kKind>;  // takes bf16 activations only, and those in any number: it has no batch()
-  return {"avx512_bf16", gemv<Simd>, kBatchTokens, gemv_takes<kKind>, 2, prepare<Simd>, nullptr, 16};
+  return {"avx512_bf16",
+          gemv<Avx512Level, Simd>,
+          kBatchTokens,
+          gemv_takes<kKind>,
+          2,
+          prepare<Avx512Level, Simd>,
+          nullptr,
+          16};
 }
 
 }  // namespace

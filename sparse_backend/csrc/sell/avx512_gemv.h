@@ -13,15 +13,10 @@
 #include <type_traits>
 
 #include "../unstructured/decode_avx512.h"
-#include "kernel_impl.h"
+#include "gemv_impl.h"
 
 namespace sparse_backend::sell {
 namespace {
-
-// Prefetch distance where a thread reads one strip after the other: 8 KB reach the limit of memory on Zen 5
-// (4 KB 36 GB/s of 41 on one thread, with 90% zeros).
-constexpr int64_t kAhead = 8192;
-constexpr int kTableBytes = 2 * kBlockColumns;  // of a token's block
 
 // kFirstBytes.mask[n]: the first 2 n of 64 bytes.
 struct FirstBytes {
@@ -32,23 +27,6 @@ struct FirstBytes {
   }
 };
 constexpr FirstBytes kFirstBytes;
-
-// A block as it stands in the stream.
-struct Stored {
-  const BlockHeader* header;
-  const uint8_t* active;
-  const uint8_t* columns;
-  const uint8_t* run;
-  const uint8_t* next;
-  Stored(const uint8_t* stream, Values values)
-      : header(reinterpret_cast<const BlockHeader*>(stream)),
-        active(stream + sizeof(BlockHeader)),
-        columns(active + header->all_steps + header->all_steps % 2),
-        run(columns + header->entries) {
-    const int64_t bytes = unstructured::run_bytes(values, header->entries);
-    next = run + bytes + bytes % 2;
-  }
-};
 
 // The weights of one step after the other, as words: rows 0-3, 8-11, 16-19 and 24-27 of the slice in
 // `first`, the others in `last`. Past the active rows they are finite numbers, of other weights.
@@ -93,6 +71,10 @@ class Weights {
     }
   }
 
+  inline void unpack(int active, __m512i* words) {
+    next(active, kFirstBytes.mask[active], words[0], words[1]);
+  }
+
  private:
   // As much as a step takes. Spread over the steps: all at once they would wait for each other, and the loads
   // for them. As an integer: it may be past the end.
@@ -120,142 +102,75 @@ struct Unpacked {
   }
 };
 
-// One block times kTokens tokens, added to out[token][row].
-template <class Simd, int kTokens, class Source>
-inline void multiply_block(const Stored& block, Source source, const uint8_t* x, float* out,
-                           int64_t out_stride, const float* scales) {
-  using Vector = typename Simd::Vector;
-  __m512i table[kTokens][4];
-#pragma GCC unroll 4
-  for (int t = 0; t < kTokens; ++t) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) table[t][i] = _mm512_load_si512(x + t * kTableBytes + 64 * i);
-  }
-  Vector acc[kSlices][kTokens][2];
-  const uint8_t* active = block.active;
-  const uint8_t* columns = block.columns;
-#pragma GCC unroll 2
-  for (int s = 0; s < kSlices; ++s) {
-#pragma GCC unroll 4
-    for (int t = 0; t < kTokens; ++t) acc[s][t][0] = acc[s][t][1] = Simd::zero();
-    for (int j = block.header->steps[s]; j > 0; --j) {
-      const int rows = *active++;
-      const __mmask64 bytes = kFirstBytes.mask[rows];
-      const __m512i at = _mm512_loadu_si512(columns);
-      columns += 2 * rows;
-      __m512i first, last;
-      source.next(rows, bytes, first, last);
-#pragma GCC unroll 4
-      for (int t = 0; t < kTokens; ++t) {
-        const __m512i low = _mm512_maskz_permutex2var_epi8(bytes, table[t][0], at, table[t][1]);
-        const __m512i high = _mm512_maskz_permutex2var_epi8(bytes, table[t][2], at, table[t][3]);
-        acc[s][t][0] = Simd::two_entries(first, _mm512_unpacklo_epi8(low, high), acc[s][t][0]);
-        acc[s][t][1] = Simd::two_entries(last, _mm512_unpackhi_epi8(low, high), acc[s][t][1]);
-      }
-    }
-  }
-  const auto bits = [](Vector v) {
-    if constexpr (Simd::kInteger) {
-      return v;
-    } else {
-      return _mm512_castps_si512(v);
-    }
-  };
-#pragma GCC unroll 4
-  for (int quarter = 0; quarter < kStripRows; quarter += 16) {
-    const __m512i rank =
-        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block.header->rank + quarter)));
-    const __mmask16 upper = _mm512_test_epi32_mask(rank, _mm512_set1_epi32(kSliceRows));
+struct Avx512Level {
+  using Word = __m512i;
+  using Unpacked = sell::Unpacked;
+  template <Values kValues>
+  using Weights = sell::Weights<kValues>;
+  static constexpr int kStepWords = 2, kTogether = 4;
+  static constexpr bool kDifferences = false;
+
+  template <class Simd, int kTokens, class Source>
+  static inline void multiply(const Stored& block, Source source, const uint8_t* x, float* out,
+                              int64_t out_stride, const float* scales) {
+    using Vector = typename Simd::Vector;
+    __m512i table[kTokens][4];
 #pragma GCC unroll 4
     for (int t = 0; t < kTokens; ++t) {
-      const __m512i low = _mm512_permutex2var_epi32(bits(acc[0][t][0]), rank, bits(acc[0][t][1]));
-      const __m512i high = _mm512_permutex2var_epi32(bits(acc[1][t][0]), rank, bits(acc[1][t][1]));
-      const __m512i mine = _mm512_mask_blend_epi32(upper, low, high);
-      float* to = out + t * out_stride + quarter;
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) table[t][i] = _mm512_load_si512(x + t * kTableBytes + 64 * i);
+    }
+    Vector acc[kSlices][kTokens][2];
+    const uint8_t* active = block.active;
+    const uint8_t* columns = block.columns;
+#pragma GCC unroll 2
+    for (int s = 0; s < kSlices; ++s) {
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) acc[s][t][0] = acc[s][t][1] = Simd::zero();
+      for (int j = block.header->steps[s]; j > 0; --j) {
+        const int rows = *active++;
+        const __mmask64 bytes = kFirstBytes.mask[rows];
+        const __m512i at = _mm512_loadu_si512(columns);
+        columns += 2 * rows;
+        __m512i first, last;
+        source.next(rows, bytes, first, last);
+#pragma GCC unroll 4
+        for (int t = 0; t < kTokens; ++t) {
+          const __m512i low = _mm512_maskz_permutex2var_epi8(bytes, table[t][0], at, table[t][1]);
+          const __m512i high = _mm512_maskz_permutex2var_epi8(bytes, table[t][2], at, table[t][3]);
+          acc[s][t][0] = Simd::two_entries(first, _mm512_unpacklo_epi8(low, high), acc[s][t][0]);
+          acc[s][t][1] = Simd::two_entries(last, _mm512_unpackhi_epi8(low, high), acc[s][t][1]);
+        }
+      }
+    }
+    const auto bits = [](Vector v) {
       if constexpr (Simd::kInteger) {
-        const __m512 sums = _mm512_cvtepi32_ps(mine);
-        _mm512_storeu_ps(to, _mm512_fmadd_ps(sums, _mm512_loadu_ps(scales + quarter), _mm512_loadu_ps(to)));
+        return v;
       } else {
-        _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(mine)));
+        return _mm512_castps_si512(v);
+      }
+    };
+#pragma GCC unroll 4
+    for (int quarter = 0; quarter < kStripRows; quarter += 16) {
+      const __m512i rank = _mm512_cvtepu8_epi32(
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(block.header->rank + quarter)));
+      const __mmask16 upper = _mm512_test_epi32_mask(rank, _mm512_set1_epi32(kSliceRows));
+#pragma GCC unroll 4
+      for (int t = 0; t < kTokens; ++t) {
+        const __m512i low = _mm512_permutex2var_epi32(bits(acc[0][t][0]), rank, bits(acc[0][t][1]));
+        const __m512i high = _mm512_permutex2var_epi32(bits(acc[1][t][0]), rank, bits(acc[1][t][1]));
+        const __m512i mine = _mm512_mask_blend_epi32(upper, low, high);
+        float* to = out + t * out_stride + quarter;
+        if constexpr (Simd::kInteger) {
+          const __m512 sums = _mm512_cvtepi32_ps(mine);
+          _mm512_storeu_ps(to, _mm512_fmadd_ps(sums, _mm512_loadu_ps(scales + quarter), _mm512_loadu_ps(to)));
+        } else {
+          _mm512_storeu_ps(to, _mm512_add_ps(_mm512_loadu_ps(to), _mm512_castsi512_ps(mine)));
+        }
       }
     }
   }
-}
-
-template <class Simd>
-void gemv(const UnitArgs& args) {
-  constexpr Values kValues = Simd::kValues;
-  const int64_t stride = args.out_stride;
-  const ExponentTable exponents = *args.exponents;
-  auto* words = static_cast<__m512i*>(args.scratch);
-  const uint8_t* stream[kUnitStrips];
-  for (int s = 0; s < args.strips; ++s) stream[s] = args.strip[s];
-  for (int t = 0; t < args.tokens; ++t) {
-    std::memset(args.out + t * stride, 0, args.strips * kStripRows * sizeof(float));
-  }
-  const auto* x = static_cast<const uint8_t*>(args.x);
-  for (int64_t b = 0; b < args.blocks; ++b, x += int64_t{args.tokens} * kTableBytes) {
-    for (int s = 0; s < args.strips; ++s) {
-      const Stored block(stream[s], kValues);
-      // Where strips take turns, the strip's next block; it is about as long as this one.
-      const int64_t ahead = args.strips == 1 ? kAhead : block.next - stream[s];
-      Weights<kValues> weights(block, exponents, ahead);
-      const float* scales = block_scales<Simd>(args, b, s);
-      float* out = args.out + s * kStripRows;
-      stream[s] = block.next;
-      if (args.tokens == 1) {
-        multiply_block<Simd, 1>(block, weights, x, out, stride, scales);
-        continue;
-      }
-      for (int j = 0; j < block.header->all_steps; ++j) {
-        const int rows = block.active[j];
-        weights.next(rows, kFirstBytes.mask[rows], words[2 * j], words[2 * j + 1]);
-      }
-      int t = 0;
-      for (; t + 4 <= args.tokens; t += 4) {
-        multiply_block<Simd, 4>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride,
-                                scales);
-      }
-      for (; t + 2 <= args.tokens; t += 2) {
-        multiply_block<Simd, 2>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride,
-                                scales);
-      }
-      if (t < args.tokens) {
-        multiply_block<Simd, 1>(block, Unpacked{words}, x + t * kTableBytes, out + t * stride, stride,
-                                scales);
-      }
-    }
-  }
-}
-
-// [block][token][low bytes of 128 columns, high bytes].
-template <class Simd>
-float prepare(const void* x, DType dtype, int64_t k, int limit, int token, int tokens, int16_t* spare,
-              void* out) {
-  const int64_t padded = round_up(k, kBlockColumns);
-  float scale = 1.0F;
-  if constexpr (Simd::kInteger) {
-    scale = unstructured::quantise_int16(x, dtype, k, padded, limit, spare);
-  } else {
-    std::memcpy(spare, x, 2 * k);
-    std::memset(spare + k, 0, 2 * (padded - k));
-  }
-  auto* to = static_cast<uint8_t*>(out) + token * int64_t{kTableBytes};
-  for (int64_t first = 0; first < padded; first += kBlockColumns, to += int64_t{tokens} * kTableBytes) {
-    for (int i = 0; i < kBlockColumns; ++i) {
-      const auto word = static_cast<uint16_t>(spare[first + i]);
-      to[i] = static_cast<uint8_t>(word);
-      to[kBlockColumns + i] = static_cast<uint8_t>(word >> 8);
-    }
-  }
-  return scale;
-}
-
-template <Values kKind>
-bool gemv_takes(DType x_type) {
-  if constexpr (unstructured::is_integer(kKind)) return true;
-  return x_type == (kKind == Values::kFp16 ? DType::kFp16 : DType::kBf16);
-}
+};
 
 }  // namespace
 }  // namespace sparse_backend::sell

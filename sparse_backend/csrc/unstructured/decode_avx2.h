@@ -15,10 +15,9 @@ inline __m256i half_bytes(const uint8_t* p) {
 }
 
 // The same as int8.
-inline void int4_bytes(const uint8_t* p, uint8_t* out) {
+inline __m256i int4_bytes(const uint8_t* p) {
   const __m256i signs = _mm256_set1_epi8(8);
-  const __m256i codes = _mm256_sub_epi8(_mm256_xor_si256(half_bytes(p), signs), signs);
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), codes);
+  return _mm256_sub_epi8(_mm256_xor_si256(half_bytes(p), signs), signs);
 }
 
 inline void store_bytes_as_int16(__m256i bytes, uint16_t* words) {
@@ -49,9 +48,7 @@ struct Avx2Decoder {
     if constexpr (kValues == Values::kInt8) {
       store_bytes_as_int16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(run + i)), words + i);
     } else if constexpr (kValues == Values::kInt4) {
-      const __m256i signs = _mm256_set1_epi8(8);
-      const __m256i codes = half_bytes(run + i / 2);
-      store_bytes_as_int16(_mm256_sub_epi8(_mm256_xor_si256(codes, signs), signs), words + i);
+      store_bytes_as_int16(int4_bytes(run + i / 2), words + i);
     } else {
       const __m256i high = _mm256_shuffle_epi8(exponents, half_bytes(run + n + i / 2));
       const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(run + i));
