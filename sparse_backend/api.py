@@ -82,9 +82,9 @@ def linear(x: torch.Tensor, weight: PackedWeight | MachineWeight, bias: torch.Te
         bias: [N] or None.
 
     Returns:
-        [..., N] in x's dtype. On CPUs a row's result does not depend on the batch it is in, but for float values in
-        format `sell` on AMX, which has two kernels (up to 24 tokens, and more); on GPUs it depends on the kernel that
-        serves so many tokens.
+        [..., N] in x's dtype. On CPUs a row's result does not depend on the batch it is in, but for bf16 values and
+        activations in format `sell` on AMX, which has two kernels (up to 24 tokens, and more); on GPUs it depends on
+        the kernel that serves so many tokens.
     """
     device = str(x.device) if x.is_cuda else "cpu"
     machine = weight.lower(device) if isinstance(weight, PackedWeight) else weight

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <new>
 
 #include "common.h"
@@ -22,6 +23,9 @@ class Scratch {
       if (data_ == nullptr) throw std::bad_alloc();
       size_ = bytes;
     }
+#if defined(SPARSE_BACKEND_POISON)  // in tests: what is used before it is written is NaN, or -1
+    if (bytes > 0) std::memset(data_, 0xFF, bytes);
+#endif
     return data_;
   }
 

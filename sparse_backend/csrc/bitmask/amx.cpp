@@ -20,6 +20,7 @@ struct Policy {
   static constexpr int kColumns = amx::unit_columns(kX), kTilesOfChunk = kChunk / kColumns;
   static constexpr int kSmall = kTilesOfChunk,
                        kLarge = kX == Activations::kBf16 ? 8 : kFlushColumns / kColumns;
+  static constexpr int kColumnStep = 64;
   static constexpr int place_of(int column) { return column; }
 
   static void run(const UnitArgs& args) {
@@ -55,7 +56,7 @@ struct Policy {
     }
     const float* scales(int s, int64_t i) const {
       const int64_t group = args_.group_columns > 0 ? i * kColumns / args_.group_columns : 0;
-      return args_.scales + (first_ + s) * args_.strip_scales + group * kStripRows;
+      return args_.scales + (first_ + s) * args_.strip_scales + group * args_.group_scales;
     }
 
     void start(int64_t i, int64_t end, int buffer) {

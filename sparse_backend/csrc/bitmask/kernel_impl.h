@@ -98,7 +98,7 @@ struct Unit {
   float* out(int strip, int token) const { return args.out + (strip * args.tokens + token) * kStripRows; }
   const float* scales(int strip, int64_t chunk) const {
     const int64_t group = args.group_columns > 0 ? chunk * kChunk / args.group_columns : 0;
-    return args.scales + strip * args.strip_scales + group * kStripRows;
+    return args.scales + strip * args.strip_scales + group * args.group_scales;
   }
   // By how much the rows of strip s of the tile are too large.
   auto& offset(int s) const {

@@ -58,7 +58,7 @@ inline Group group_at(const UnitArgs& args, const List& list, int b) {
   const int64_t group = list.block[b] * int64_t{kBlockColumns} / args.group_columns;
   int i = b + 1;
   while (i < end && list.block[i] * int64_t{kBlockColumns} / args.group_columns == group) ++i;
-  return {i, group * kStripRows};
+  return {i, group * args.group_scales};
 }
 
 // Whether strips [first, first + count) store the same blocks, as those of a dense weight do.

@@ -32,7 +32,7 @@ constexpr Places kPlaces;
 
 template <Values kKind, Activations kX>
 struct Policy {
-  // As Block (kernel_impl.h) wants it.
+  // As block_values() wants it.
   static constexpr Values kValues = kKind;
   using Decoder = unstructured::Avx512Decoder;
   using Stored = std::conditional_t<unstructured::is_integer(kKind), uint8_t, uint16_t>;
@@ -42,6 +42,7 @@ struct Policy {
   // Integers: a block, after which avx512_gemv.h adds its sums too.
   static constexpr int kBlocks = kX == Activations::kBf16 ? 2 : 1;
   static constexpr int kSmall = 0, kLarge = kBlocks * kTilesOfBlock;
+  static constexpr int kColumnStep = kBlockColumns;
   static constexpr int place_of(int column) { return column; }
 
   static constexpr int64_t kStripBytes = int64_t{kTilesOfBlock} * tiles::kBytes;
@@ -74,9 +75,12 @@ struct Policy {
     const uint8_t* tile(int s, int64_t i, int /*buffer*/) const {
       return panel(i) + (first_ % kTileStrips + s) * kStripBytes + i % kTilesOfBlock * tiles::kBytes;
     }
-    // All strips' entries stand in one stream: a share of it for each.
+    // All strips' entries stand in one stream: a share of it for each. What was announced and not begun is
+    // about as long as the last.
     int64_t bytes() const { return decoded_ / kStrips; }
-    const uint8_t* next(int s) const { return stream_ + s * bytes(); }
+    const uint8_t* next(int s) const {
+      return stream_ + (slices_ > 0 && stream_ == from_ ? decoded_ : 0) + s * bytes();
+    }
     int64_t segment_end(int64_t i) const { return (i / kTilesOfBlock + 1) * kTilesOfBlock; }
     const float* scales(int s, int64_t i) const {
       const int64_t group = args_.group_columns > 0 ? i * kColumns / args_.group_columns : 0;
@@ -122,19 +126,22 @@ struct Policy {
     }
 
     inline void begin() {
-      stream_ = block_.read(stream_, *args_.exponents, words_);
-      left_ = block_.header->entries;
+      const Block block(stream_, kKind);
+      values_ = block_values<Policy>(block, *args_.exponents, words_);
+      stream_ = block.next;
+      left_ = block.header->entries;
       share_ = round_up((left_ + kPlaceSlices - 1) / kPlaceSlices, kTogether);
       // By slice and place, twice: of each row's two entries. A row of a tile is two or four columns of 16
       // rows.
       for (int r = 0; r < kStripRows; ++r) {
-        const int rank = block_.header->rank[r];
+        const int rank = block.header->rank[r];
         const auto at = static_cast<uint32_t>(r / unstructured::kStripRows * kStripBytes +
                                               r % unstructured::kStripRows * 4);
         row_[rank / kSliceRows * kSliceRows + kPlaces.of[rank % kSliceRows]] = at * 0x10001U;
       }
-      columns_ = block_.columns;
-      active_ = block_.active;
+      steps_ = block.header->steps;
+      columns_ = block.columns;
+      active_ = block.active;
       next_place_ = places_;
     }
 
@@ -148,7 +155,7 @@ struct Policy {
                               _mm512_loadu_si512(row_ + slice * kSliceRows + kSliceRows / 2)};
       const uint8_t* columns = columns_;
       uint16_t* places = next_place_;
-      for (int step = block_.header->steps[slice]; step > 0; --step) {
+      for (int step = steps_[slice]; step > 0; --step) {
         const int entries = 2 * *active_++;
         each<2>([&](auto half) SPARSE_BACKEND_INLINE {
           const __m512i column =
@@ -167,7 +174,7 @@ struct Policy {
     // From the last entry on: a row's padding, a zero at column 0, comes before what may stand there.
     inline void place() {
       int64_t count = left_ < share_ ? left_ : share_;
-      const Stored* values = block_.values + left_;
+      const Stored* values = values_ + left_;
       const uint16_t* places = places_ + left_;
       left_ -= count;
       uint8_t* out = out_;
@@ -190,7 +197,8 @@ struct Policy {
     uint16_t* words_;
     uint16_t* places_;  // of the block's entries, in bytes of its panel
     uint16_t* next_place_ = nullptr;
-    Block<Policy> block_{};
+    const Stored* values_ = nullptr;
+    const uint8_t* steps_ = nullptr;
     const uint8_t* columns_ = nullptr;
     const uint8_t* active_ = nullptr;
     alignas(64) uint32_t row_[kStripRows];
@@ -207,7 +215,6 @@ struct Policy {
 template <Values kValues, Activations kX>
 constexpr StripKernels make() {
   StripKernels kernels = amx::make_kernels<Policy<kValues, kX>>();
-  kernels.column_step = kBlockColumns;
   kernels.part_strips = kTileStrips;
   return kernels;
 }

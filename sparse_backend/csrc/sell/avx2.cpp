@@ -19,18 +19,19 @@ namespace {
 constexpr int kGroupRows = 16,
               kGroups = kSliceRows / kGroupRows;  // a register is two entries of so many rows
 
-// Before + 32 - n: n bytes of zeros, then ones. kFirstLanes + 8 - n: the first n of eight lanes.
 struct AfterBytes {
   alignas(64) uint8_t mask[64];
   constexpr AfterBytes() : mask() {
     for (int i = 0; i < 64; ++i) mask[i] = i < 32 ? 0 : 0xFF;
   }
-  // For a group of `rows` rows, of which each has two entries.
+  // All but the first 2 `rows` bytes: what stands after two entries of each row.
   inline __m256i of(int rows) const {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(mask + 32 - 2 * rows));
   }
 };
 constexpr AfterBytes kAfter;
+
+// kFirstLanes + 8 - n: the first n of eight lanes.
 alignas(64) constexpr int32_t kFirstLanes[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
 
 inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -40,10 +41,10 @@ inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const
 template <Values kValues>
 class Weights {
  public:
-  Weights(const Stored& block, const ExponentTable& table, int64_t ahead)
+  Weights(const Block& block, const ExponentTable& table, int64_t ahead)
       : run_(block.run),
         codes_(block.run + block.header->entries),
-        ahead_(reinterpret_cast<uintptr_t>(block.header) + ahead),
+        ahead_(reinterpret_cast<const uint8_t*>(block.header), ahead),
         exponents_(
             _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.exponent)))) {}
 
@@ -83,11 +84,7 @@ class Weights {
     } else {
       run_ += unstructured::run_bytes(kValues, 2 * active);
     }
-    // As much as the step takes. As an integer: it may be past the end.
-    constexpr int64_t kBytes = 2 + unstructured::run_bytes(kValues, 2);
-    __builtin_prefetch(reinterpret_cast<const void*>(ahead_));
-    if constexpr (kBytes > 4) __builtin_prefetch(reinterpret_cast<const void*>(ahead_ + 64));
-    ahead_ += kBytes * active;
+    ahead_.ask(active);
   }
   inline void unpack(int active, __m256i* words) {
     group(0, active, words[0], words[1]);
@@ -102,7 +99,7 @@ class Weights {
 
   const uint8_t* run_;
   const uint8_t* codes_;
-  uintptr_t ahead_;
+  StepsAhead<kValues> ahead_;
   __m256i exponents_;
 };
 
@@ -213,7 +210,7 @@ struct Avx2Level {
   }
 
   template <class Simd, int kTokens, class Source>
-  static inline void multiply(const Stored& block, Source source, const uint8_t* x, float* out,
+  static inline void multiply(const Block& block, Source source, const uint8_t* x, float* out,
                               int64_t out_stride, const float* scales) {
     using Vector = typename Simd::Vector;
     alignas(32) int32_t sums[kTokens][kStripRows];
@@ -268,8 +265,9 @@ constexpr int kGemvTokens = 4;
 template <Values kKind>
 constexpr Kernels make() {
   using Simd = Avx2<kKind>;
-  return {"avx2", gemv<Avx2Level, Simd>,    kGemvTokens, gemv_takes<kKind>,
-          2,      prepare<Avx2Level, Simd>, batch<Simd>, 8};
+  return {
+      "avx2", gemv<Avx2Level, Simd>, kGemvTokens, gemv_takes<kKind>, prepare<Avx2Level, Simd>, batch<Simd>,
+      8};
 }
 
 }  // namespace

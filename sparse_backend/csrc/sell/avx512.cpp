@@ -59,8 +59,13 @@ struct Avx512 {
 template <Values kKind>
 constexpr Kernels make() {
   using Simd = Avx512<kKind>;
-  return {"avx512", gemv<Avx512Level, Simd>,    kBatchTokens, gemv_takes<kKind>,
-          2,        prepare<Avx512Level, Simd>, batch<Simd>,  16};
+  return {"avx512",
+          gemv<Avx512Level, Simd>,
+          kBatchTokens,
+          gemv_takes<kKind>,
+          prepare<Avx512Level, Simd>,
+          batch<Simd>,
+          16};
 }
 
 }  // namespace

@@ -23,7 +23,6 @@ constexpr Kernels make() {
           gemv<Avx512Level, Simd>,
           kBatchTokens,
           gemv_takes<kKind>,
-          2,
           prepare<Avx512Level, Simd>,
           nullptr,
           16};

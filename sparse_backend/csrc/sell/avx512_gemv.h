@@ -33,14 +33,14 @@ constexpr FirstBytes kFirstBytes;
 template <Values kValues>
 class Weights {
  public:
-  Weights(const Stored& block, const ExponentTable& table, int64_t ahead)
+  Weights(const Block& block, const ExponentTable& table, int64_t ahead)
       : run_(block.run),
         codes_(block.run + block.header->entries),
-        ahead_(reinterpret_cast<uintptr_t>(block.header) + ahead),
+        ahead_(reinterpret_cast<const uint8_t*>(block.header), ahead),
         table_(table) {}
 
   inline void next(int active, __mmask64 bytes, __m512i& first, __m512i& last) {
-    prefetch(active);
+    ahead_.ask(active);
     if constexpr (kValues == Values::kBf16x12) {
       const __m512i high = table_.look_up(codes_);
       const __m512i low = _mm512_loadu_si512(run_);
@@ -76,19 +76,9 @@ class Weights {
   }
 
  private:
-  // As much as a step takes. Spread over the steps: all at once they would wait for each other, and the loads
-  // for them. As an integer: it may be past the end.
-  inline void prefetch(int active) {
-    constexpr int64_t kBytes = 2 + unstructured::run_bytes(kValues, 2);
-    for (int64_t line = 0; line < kBytes * kSliceRows; line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(ahead_ + line));
-    }
-    ahead_ += kBytes * active;
-  }
-
   const uint8_t* run_;
   const uint8_t* codes_;
-  uintptr_t ahead_;
+  StepsAhead<kValues> ahead_;
   unstructured::CodeTable<kValues> table_;
 };
 
@@ -111,7 +101,7 @@ struct Avx512Level {
   static constexpr bool kDifferences = false;
 
   template <class Simd, int kTokens, class Source>
-  static inline void multiply(const Stored& block, Source source, const uint8_t* x, float* out,
+  static inline void multiply(const Block& block, Source source, const uint8_t* x, float* out,
                               int64_t out_stride, const float* scales) {
     using Vector = typename Simd::Vector;
     __m512i table[kTokens][4];

@@ -23,23 +23,6 @@ namespace {
 constexpr int64_t kAhead = 8192;
 constexpr int kTableBytes = 2 * kBlockColumns;  // of a token's block
 
-// A block as it stands in the stream.
-struct Stored {
-  const BlockHeader* header;
-  const uint8_t* active;
-  const uint8_t* columns;
-  const uint8_t* run;
-  const uint8_t* next;
-  Stored(const uint8_t* stream, Values values)
-      : header(reinterpret_cast<const BlockHeader*>(stream)),
-        active(stream + sizeof(BlockHeader)),
-        columns(active + header->all_steps + header->all_steps % 2),
-        run(columns + header->entries) {
-    const int64_t bytes = unstructured::run_bytes(values, header->entries);
-    next = run + bytes + bytes % 2;
-  }
-};
-
 template <class Level, class Simd>
 void gemv(const UnitArgs& args) {
   constexpr Values kValues = Simd::kValues;
@@ -54,7 +37,7 @@ void gemv(const UnitArgs& args) {
   const auto* x = static_cast<const uint8_t*>(args.x);
   for (int64_t b = 0; b < args.blocks; ++b, x += int64_t{args.tokens} * kTableBytes) {
     for (int s = 0; s < args.strips; ++s) {
-      const Stored block(stream[s], kValues);
+      const Block block(stream[s], kValues);
       // Where strips take turns, the strip's next block; it is about as long as this one.
       const int64_t ahead = args.strips == 1 ? kAhead : block.next - stream[s];
       typename Level::template Weights<kValues> weights(block, exponents, ahead);

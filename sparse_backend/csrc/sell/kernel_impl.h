@@ -8,7 +8,7 @@
 //
 // A row's entries of a block are summed in order, two by two, into one accumulator that starts at
 // zero; the blocks' sums are added in order. `gemv` and `batch` do the same: results depend on neither batch
-// nor threads, nor on the instruction set, but for vdpbf16ps, which rounds differently.
+// nor threads, nor on the instruction set, but for vdpbf16ps and tiles (amx.cpp), which round differently.
 #pragma once
 
 #include "../unstructured/quantise.h"
@@ -17,43 +17,53 @@
 namespace sparse_backend::sell {
 namespace {
 
-// A block of one strip, decoded.
-template <class Simd>
+// A block as it stands in the stream.
 struct Block {
-  using Stored = typename Simd::Stored;
   const BlockHeader* header;
   const uint8_t* active;
   const uint8_t* columns;
-  const Stored* values;
-  const uint8_t* ahead;  // in the strip's next block, which is about as long
-
-  // Asks memory for as much of the next block as a step takes of this one. Spread over the steps: all
-  // at once they would wait for each other, and the loads of this block for them.
-  inline void prefetch(int active_rows) {
-    constexpr int64_t kBytes = 2 + unstructured::run_bytes(Simd::kValues, 2);
-    __builtin_prefetch(ahead);
-    if constexpr (kBytes > 4) __builtin_prefetch(ahead + 64);
-    ahead += kBytes * active_rows;
+  const uint8_t* run;
+  const uint8_t* next;
+  Block(const uint8_t* stream, Values values)
+      : header(reinterpret_cast<const BlockHeader*>(stream)),
+        active(stream + sizeof(BlockHeader)),
+        columns(active + header->all_steps + header->all_steps % 2),
+        run(columns + header->entries) {
+    const int64_t bytes = unstructured::run_bytes(values, header->entries);
+    next = run + bytes + bytes % 2;
   }
+};
 
-  // Reads the block at `stream` and returns where the next one starts.
-  inline const uint8_t* read(const uint8_t* stream, const ExponentTable& table, uint16_t* words) {
-    header = reinterpret_cast<const BlockHeader*>(stream);
-    const int entries = header->entries;
-    active = stream + sizeof(BlockHeader);
-    columns = active + header->all_steps + header->all_steps % 2;
-    const uint8_t* run = columns + entries;
-    const int64_t bytes = unstructured::run_bytes(Simd::kValues, entries);
-    const uint8_t* next = run + bytes + bytes % 2;
-    ahead = next;
-    if constexpr (Simd::Decoder::template plain<Simd::kValues>()) {
-      values = reinterpret_cast<const Stored*>(run);
-    } else {
-      values = reinterpret_cast<const Stored*>(words);
-      Simd::Decoder::template decode<Simd::kValues>(run, entries, 0, table, words);
+// A block's values, decoded to `words` unless they can be taken as they stand.
+template <class Simd>
+inline const typename Simd::Stored* block_values(const Block& block, const ExponentTable& table,
+                                                 uint16_t* words) {
+  using Stored = typename Simd::Stored;
+  if constexpr (Simd::Decoder::template plain<Simd::kValues>()) {
+    return reinterpret_cast<const Stored*>(block.run);
+  } else {
+    Simd::Decoder::template decode<Simd::kValues>(block.run, block.header->entries, 0, table, words);
+    return reinterpret_cast<const Stored*>(words);
+  }
+}
+
+// Asks memory for as much as a step takes, further on. Spread over the steps: all at once they would wait for
+// each other, and the loads of this block for them. As integers: it may be past the end.
+template <Values kValues>
+class StepsAhead {
+ public:
+  explicit StepsAhead(const uint8_t* at, int64_t distance = 0)
+      : next_(reinterpret_cast<uintptr_t>(at) + distance) {}
+  inline void ask(int active_rows) {
+    constexpr int64_t kBytes = 2 + unstructured::run_bytes(kValues, 2);
+    for (int64_t line = 0; line < kBytes * kSliceRows; line += 64) {
+      __builtin_prefetch(reinterpret_cast<const void*>(next_ + line));
     }
-    return next;
+    next_ += kBytes * active_rows;
   }
+
+ private:
+  uintptr_t next_;
 };
 
 // What a block's sums are multiplied by: the scales of the unit's rows, or nullptr for 1.
@@ -91,10 +101,12 @@ void batch_vectors(const UnitArgs& args) {
   for (int64_t b = 0; b < args.blocks; ++b) {
     const uint8_t* x = static_cast<const uint8_t*>(args.x) + b * kBlockColumns * column_bytes;
     for (int s = 0; s < args.strips; ++s) {
-      Block<Simd> block;
-      stream[s] = block.read(stream[s], table, words);
+      const Block block(stream[s], Simd::kValues);
+      const auto* values = block_values<Simd>(block, table, words);
+      StepsAhead<Simd::kValues> ahead(block.next);  // the next block is about as long
+      stream[s] = block.next;
       const int entries = block.header->entries;
-      for (int i = 0; i < entries; ++i) weights[i] = widen<Simd::kValues>(block.values[i]);
+      for (int i = 0; i < entries; ++i) weights[i] = widen<Simd::kValues>(values[i]);
       for (int i = 0; i < entries; ++i) {
         offsets[i] = static_cast<uint32_t>(block.columns[i]) * static_cast<uint32_t>(column_bytes);
       }
@@ -110,7 +122,7 @@ void batch_vectors(const UnitArgs& args) {
         for (int j = 0; j < steps; ++j) {
           first[j] = position;
           position += 2 * active[j];
-          block.prefetch(active[j]);
+          ahead.ask(active[j]);
         }
         int mine = steps;
         for (int lane = 0; lane < kSliceRows; ++lane) {

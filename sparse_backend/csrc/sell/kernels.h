@@ -45,10 +45,9 @@ struct Kernels {
   void (*gemv)(const UnitArgs& args);
   int gemv_most;
   bool (*gemv_takes)(DType x_type);
-  int64_t gemv_element_bytes;  // of prepared activations
   // Prepares the `k` activations of token `token` of `tokens` for gemv, zero-padded to a multiple of
-  // kBlockColumns; in `out` and `spare` there is room for a block more for each. For integer values they are
-  // integers of magnitude up to `limit`; returns their scale.
+  // kBlockColumns, 2 bytes each; `spare` has room for one token's. For integer values they are integers of
+  // magnitude up to `limit`; returns their scale.
   float (*prepare)(const void* x, DType dtype, int64_t k, int limit, int token, int tokens, int16_t* spare,
                    void* out);
   // Up to kBatchTokens tokens. Prepared: [column][token_stride] of 4 bytes, float or int32.

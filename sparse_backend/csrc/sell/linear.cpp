@@ -27,10 +27,10 @@ int token_stride(int tokens, int lanes) {
 
 // Up to so many tokens AVX-512 is faster than placing weights in tiles (amx.cpp). Sums of floats are rounded
 // in another order there.
-constexpr int64_t kTokensWithoutTiles = 24;
+constexpr int64_t kTokensBeforeTiles = 24;
 
 bool tiles_win(Values values, DType x_type, int64_t tokens) {
-  return tokens > kTokensWithoutTiles && active_isa() == Isa::kAmx &&
+  return tokens > kTokensBeforeTiles && active_isa() == Isa::kAmx &&
          unstructured::takes_tiles(values, x_type);
 }
 
@@ -82,7 +82,7 @@ void prepare_gemv(const Call& c, int64_t token, int tokens, uint8_t* out, float*
   const int limit = unstructured::activation_limit(c.weight.header);
   parallel_ranges(c.pool, tokens, 32768 / (k + 1) + 1, [&](int64_t begin, int64_t end) {
     thread_local Scratch memory;
-    auto* spare = reinterpret_cast<int16_t*>(memory.reserve(2 * (c.blocks() + 1) * kBlockColumns));
+    auto* spare = reinterpret_cast<int16_t*>(memory.reserve(2 * c.blocks() * kBlockColumns + 64));
     for (int64_t t = begin; t < end; ++t) {
       x_scales[t] = c.kernels.prepare(x + t * row_bytes, c.args.x_type, k, limit, static_cast<int>(t), tokens,
                                       spare, out);
@@ -96,8 +96,7 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
   const int64_t n = h.out_features, padded = c.blocks() * kBlockColumns;
   const int stride = token_stride(tokens, c.kernels.lanes);
   thread_local Scratch prepared_memory;
-  const int64_t x_bytes =
-      gemv ? tokens * (padded + kBlockColumns) * c.kernels.gemv_element_bytes : padded * int64_t{4} * stride;
+  const int64_t x_bytes = gemv ? tokens * padded * 2 : padded * int64_t{4} * stride;
   uint8_t* prepared = prepared_memory.reserve(x_bytes + int64_t{kBatchTokens} * 4);
   float* x_scales = reinterpret_cast<float*>(prepared + x_bytes);
   if (gemv) {
@@ -155,7 +154,7 @@ void run(const Call& c, int64_t token, int tokens, bool gemv) {
 }  // namespace
 
 const char* kernel_name(Values values, DType x_type) {
-  return tiles_win(values, x_type, kTokensWithoutTiles + 1) ? "amx" : level_name(kLevels, values, x_type);
+  return tiles_win(values, x_type, kTokensBeforeTiles + 1) ? "amx" : level_name(kLevels, values, x_type);
 }
 
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {

@@ -13,7 +13,7 @@ void linear(const unstructured::View& weight, const unstructured::LinearArgs& ar
 void linear_with(const Kernels& kernels, const unstructured::View& weight,
                  const unstructured::LinearArgs& args, const ThreadPool& pool);
 
-// The name of the kernel that linear() would run for activations of this type.
+// The name of the kernel that linear() would run for many tokens of this type.
 const char* kernel_name(Values values, DType x_type);
 
 }  // namespace sparse_backend::sell

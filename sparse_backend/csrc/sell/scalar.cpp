@@ -47,7 +47,6 @@ constexpr Kernels make() {
           nullptr,
           0,
           [](DType) { return false; },
-          0,
           nullptr,
           batch<Scalar<kKind>>,
           Scalar<kKind>::kLanes};

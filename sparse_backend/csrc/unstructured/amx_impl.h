@@ -4,24 +4,26 @@
 //
 //   run(args)      a unit: run_unit<Policy>, mostly
 //   kActivations   how activations stand in A tiles
+//   kColumnStep    they are zero-padded to a multiple of so many columns, itself one of 64: what tiles reach
 //   kSmall, kLarge   tiles of a strip decoded at a time: for so few tokens that their sums stay in
 //                  tiles (0: never), and for more
-//   Strips<n>(args, first)   n strips side by side, which store the same columns:
+//   Strips<n>(args, first)   n strips side by side, in whose tiles the same columns stand:
 //     tiles        of a strip
 //     columns      of a tile: 32 of bf16, 64 of int8, or fewer
 //     column(i)    first column of tile i
 //     start(i, end, buffer)   tiles [i, end), which follow the ones before, are decoded next, to one of two
 //                  buffers, slice by slice: slices() calls of slice()
 //     tile(s, i, buffer)      where it put, or found, tile i of strip s
-//     bytes(), next(s)        of a strip's stream: as many as were decoded last, and where it goes on
+//     bytes(), next(s)        of a strip's stream: as many as were decoded last, and where it goes on after
+//                             what start() announced
 //     of integers: segment_end(i): the end of the tiles from i on that share a scale and do not
 //       overflow; scales(s, i)
 //   of integers: place_of(c)   where in a tile column c stands
 //
-// Sums of bf16 are rounded in another order than by vdpbf16ps, so one token runs here as well as hundreds: a
-// row's result does not depend on the batch. That costs a quarter of the speed at one and two tokens, and
-// gains from four on. Integers are exact. 16-bit activations are split into two bytes, multiplied apart: the
-// high one signed, the low one not.
+// Sums of bf16 are rounded in another order than by vdpbf16ps, so one token runs here as well as hundreds
+// (but of sell): a row's result does not depend on the batch. That costs a quarter of the speed at one and
+// two tokens, and gains from four on. Integers are exact. 16-bit activations are split into two bytes,
+// multiplied apart: the high one signed, the low one not.
 //
 // A step of four multiplications with activations from an L2 cache takes 37 ns on Emerald Rapids, of 28 that
 // the multiplications need; with activations from farther away, 80. So all strips of a unit take their turn
@@ -249,12 +251,12 @@ float prepare(const void* x, DType dtype, int64_t k, int limit, void* out) {
   constexpr Activations kKind = Policy::kActivations;
   constexpr int kColumns = unit_columns(kKind);
   if constexpr (kKind == Activations::kBf16) {
-    return prepare_activations<uint16_t>(x, dtype, k, 2 * kColumns, limit, out);
+    return prepare_activations<uint16_t>(x, dtype, k, Policy::kColumnStep, limit, out);
   } else {
-    const float scale = prepare_activations<int16_t>(x, dtype, k, kColumns, limit, out);
+    const float scale = prepare_activations<int16_t>(x, dtype, k, Policy::kColumnStep, limit, out);
     const auto* words = static_cast<const int16_t*>(out);
     auto* bytes = static_cast<uint8_t*>(out);
-    for (int64_t i = 0; i < round_up(k, kColumns); i += kColumns) {
+    for (int64_t i = 0; i < round_up(k, Policy::kColumnStep); i += kColumns) {
       int16_t unit[kColumns];
       std::memcpy(unit, words + i, sizeof(unit));
       uint8_t* to = bytes + i * halves(kKind);
@@ -276,7 +278,7 @@ constexpr StripKernels make_kernels() {
   k.name = "amx";
   k.x_element_bytes = kKind == Activations::kBytes ? 1 : 2;
   k.x_unit_bytes = unit_bytes(kKind);
-  k.column_step = 64;
+  k.column_step = Policy::kColumnStep;
   k.gemv_tokens = 0;  // `gemm` takes any number
   k.gemv_tiles = 0;
   k.wants_sums = false;

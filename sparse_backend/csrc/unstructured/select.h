@@ -29,11 +29,13 @@ const Kernels& at_avx512(const Levels<Kernels>& levels, Values values, bool bf16
 // Up to so many tokens integers are faster without tiles, where every group of scales has to wait for one.
 constexpr int64_t kTokensWithoutTiles = 4;
 
-// Whether the level `amx` has tiles for this.
-inline bool takes_tiles(Values values, DType x_type) {
-  const bool bf16 = values == Values::kBf16 || values == Values::kBf16x12;
-  return is_integer(values) || (bf16 && x_type == DType::kBf16);
+// Whether both operands are bf16.
+inline bool is_bf16(Values values, DType x_type) {
+  return (values == Values::kBf16 || values == Values::kBf16x12) && x_type == DType::kBf16;
 }
+
+// Whether the level `amx` has tiles for this.
+inline bool takes_tiles(Values values, DType x_type) { return is_integer(values) || is_bf16(values, x_type); }
 
 // What `tokens` tokens are multiplied by; `int8`: integer values whose activations have 8 bits. Integers have
 // the same sums with tiles and without; those of floats are rounded in another order, so that all tokens take
@@ -41,7 +43,7 @@ inline bool takes_tiles(Values values, DType x_type) {
 template <class Kernels>
 const Kernels& select(const Levels<Kernels>& levels, Values values, DType x_type, bool int8, int64_t tokens) {
 #if defined(__x86_64__)
-  const bool bf16 = (values == Values::kBf16 || values == Values::kBf16x12) && x_type == DType::kBf16;
+  const bool bf16 = is_bf16(values, x_type);
   switch (active_isa()) {
     case Isa::kAmx:
       if (is_integer(values) && tokens <= kTokensWithoutTiles) return at_avx512(levels, values, bf16, int8);

@@ -55,6 +55,13 @@ int tile_height(const BatchKernel& kernel, int tokens) {
   return 3 * low >= 2 * kernel.tile && padded(low) < padded(high) ? low : high;
 }
 
+// Tokens of a call: as every call decodes all weights, none is left with only a few.
+int64_t call_tokens(const BatchKernel& kernel, int64_t tokens) {
+  const int64_t calls = (tokens + kernel.tokens - 1) / kernel.tokens;
+  const int64_t share = round_up((tokens + calls - 1) / (calls > 0 ? calls : 1), kernel.tile);
+  return share < kernel.tokens ? share : kernel.tokens;
+}
+
 // Strips of a call: more than usual where the kernel likes that, and threads still have enough calls each.
 int64_t unit_strips(const BatchKernel& kernel, int64_t strips, int tokens, const ThreadPool& pool) {
   if (tokens <= kernel.tile) return kUnitStrips;
@@ -131,9 +138,10 @@ void strips_linear(const StripKernels& kernels, const View& w, const LinearArgs&
   const bool batched = args.tokens > int64_t{kernels.gemv_tokens} * kernels.gemv_tiles;
   const BatchKernel tiles{kernels.gemv, kernels.gemv_tokens * kernels.gemv_tiles, kernels.gemv_tokens, 1};
   const BatchKernel& kernel = batched ? kernels.gemm : tiles;
-  const int64_t most = kernel.tokens;
-  for (int64_t token = 0; token < args.tokens; token += most) {
-    const int tokens = static_cast<int>(args.tokens - token < most ? args.tokens - token : most);
+  const int64_t step_tokens = call_tokens(kernel, args.tokens);
+  for (int64_t token = 0; token < args.tokens; token += step_tokens) {
+    const int64_t left = args.tokens - token;
+    const int tokens = static_cast<int>(left < step_tokens ? left : step_tokens);
     const Prepared prepared = prepare(kernels, kernel, w, args, token, tokens, pool);
     // Small matrices stay on this thread; large ones are cut into at least eight pieces per thread, as some
     // cores may be half as fast as others.

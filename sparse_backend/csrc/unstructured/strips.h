@@ -20,7 +20,7 @@ struct StripArgs {
   bool one_stream;                        // this processor reads faster strip after strip (cpu_features.h)
   int64_t columns;
   const ExponentTable* exponents;  // of kBf16x12 values
-  const float* scales;             // integer values: of the first strip, [groups][kStripRows]
+  const float* scales;             // integer values: of the first strip's first group
   int64_t strip_scales;            // floats from one strip's scales to the next one's
   int64_t group_scales;            // floats from one group's to the next one's
   int64_t group_columns;           // columns per group of scales; 0: one group
@@ -53,9 +53,7 @@ struct StripKernels {
   int gemv_tiles;           // batches of up to so many tiles are faster with `gemv`
   bool wants_sums;          // of the activations, 16 by 16
   int64_t scratch_bytes;    // per thread
-  // Strips in a part of the stream: 1 or 4. The scales of more than one stand as [group][N], not
-  // [strip][group][kStripRows].
-  int part_strips = 1;
+  int part_strips = 1;      // in a part of the stream: 1 or 4
   // Converts one token's `k` activations, zero-padded. For integer values they are int16 below `limit`;
   // returns their scale.
   float (*prepare)(const void* x, DType dtype, int64_t k, int limit, void* out);
