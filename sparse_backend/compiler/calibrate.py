@@ -52,9 +52,11 @@ _CALLS = (4, 80)
 _COLD_ROUNDS = 8
 # What is tried for KernelCost.exponent.
 _EXPONENTS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
-# sell is for few stored weights, where padding is what differs; of the others, time is not quite a line.
-_DENSITIES = {"bitmask": (0.2, 0.45, 0.7), "sell": (0.08, 0.2, 0.4), "block": (0.2, 0.7)}
-_LOSSLESS = ("bf16", "bf16x12")  # what plans choose between; the rest gets by with the outermost densities
+# What weights are pruned to, and what plans choose between: between these, time is not quite a line. Values that round
+# get by with two.
+_DENSITIES = {"bitmask": (0.1, 0.25, 0.5, 1.0), "sell": (0.1, 0.25, 0.5), "block": (0.2, 0.7)}
+_ROUNDED_DENSITIES = {"bitmask": (0.1, 0.5), "sell": (0.1, 0.5), "block": (0.2, 0.7)}
+_LOSSLESS = ("bf16", "bf16x12")
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 
 Progress = Callable[[int, int, str], None]
@@ -241,8 +243,7 @@ class _Measured:
             # What an engine multiplies by: both are measured, and the faster one counts.
             self.products = [[(p[0], f[0])] for p, f in zip(dense_products([weight]), few, strict=True)]
         else:
-            densities = _DENSITIES.get(format, (1.0,))
-            self.densities = densities if values in _LOSSLESS else densities[:: max(1, len(densities) - 1)]
+            self.densities = (_DENSITIES if values in _LOSSLESS else _ROUNDED_DENSITIES).get(format, (1.0,))
             large = machine_bytes(format, values, (_MANY_ROWS, _COLUMNS), _MANY_ROWS * _COLUMNS * self.densities[-1])
             self.rows = _MANY_ROWS if large <= _CACHED_BYTES else _ROWS
             self.products = [[(self._product(d, self.rows), self._product(d, _FEW_ROWS)) for d in self.densities]]
@@ -323,7 +324,7 @@ class _Measured:
         return best, unexplained(best)
 
 
-@functools.lru_cache(maxsize=4)  # three densities beside the dense one
+@functools.lru_cache(maxsize=4)  # the most densities of a kernel
 def _weight(density: float, blocks: bool = False) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
     shape = (_MANY_ROWS, _COLUMNS)
