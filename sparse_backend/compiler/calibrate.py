@@ -55,7 +55,7 @@ _EXPONENTS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
 # What weights are pruned to, and what plans choose between: between these, time is not quite a line. Values that round
 # get by with two.
 _DENSITIES = {"bitmask": (0.1, 0.25, 0.5, 1.0), "sell": (0.1, 0.25, 0.5), "block": (0.2, 0.7)}
-_ROUNDED_DENSITIES = {"bitmask": (0.1, 0.5), "sell": (0.1, 0.5), "block": (0.2, 0.7)}
+_ROUNDED_DENSITIES = {**_DENSITIES, "bitmask": (0.1, 0.5), "sell": (0.1, 0.5)}
 _LOSSLESS = ("bf16", "bf16x12")
 _DTYPES = {"fp16": torch.float16, "fp32": torch.float32}
 

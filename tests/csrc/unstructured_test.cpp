@@ -241,15 +241,21 @@ std::vector<Implementation> implementations() {
       bitmask(bm::avx512_byte_kernels(v));
       with_int8_activations();
     };
-    const auto slices = [&](const sell::Kernels& kernels, bool bf16_only = false) {
+    const auto slices_by = [&](auto run, const auto& kernels, bool bf16_only) {
       list.push_back({std::string("sell ") + kernels.name + kind,
                       &sell::kStream,
                       v,
                       bf16_only,
                       !bf16_only,
                       {0, 128, 256},
-                      run_with<sell::Kernels, sell::linear_with>,
+                      run,
                       &kernels});
+    };
+    const auto slices = [&](const sell::Kernels& kernels, bool bf16_only = false) {
+      slices_by(run_with<sell::Kernels, sell::linear_with>, kernels, bf16_only);
+    };
+    const auto slices_in_tiles = [&](const un::StripKernels& kernels, bool bf16_only) {
+      slices_by(run_with<un::StripKernels, un::strips_linear>, kernels, bf16_only);
     };
     const auto blocks = [&](const lanes::Kernels& kernels, bool bf16_only = false) {
       list.push_back({std::string("lanes ") + kernels.name + kind,
@@ -261,22 +267,12 @@ std::vector<Implementation> implementations() {
                       run_with<un::StripKernels, un::strips_linear>,
                       &kernels});
     };
-    const auto slices_in_tiles = [&](const un::StripKernels& kernels, bool bf16_only) {
-      list.push_back({std::string("sell ") + kernels.name + kind,
-                      &sell::kStream,
-                      v,
-                      bf16_only,
-                      !bf16_only,
-                      {0, 128, 256},
-                      run_with<un::StripKernels, un::strips_linear>,
-                      &kernels});
-    };
     const auto tiles = [&](bool integer_values) {
       bitmask(bm::amx_kernels(v), !integer_values);
       blocks(lanes::amx_kernels(v), !integer_values);
-      slices_in_tiles(sell::amx_kernels(v, false), !integer_values);
+      slices_in_tiles(sell::amx_kernels(v), !integer_values);
       if (!integer_values) return;
-      slices_in_tiles(sell::amx_kernels(v, true), false);
+      slices_in_tiles(sell::amx_byte_kernels(v), false);
       with_int8_activations();
       bitmask(bm::amx_byte_kernels(v));
       with_int8_activations();

@@ -20,7 +20,7 @@ struct Policy {
   static constexpr int kColumns = amx::unit_columns(kX), kTilesOfChunk = kChunk / kColumns;
   static constexpr int kSmall = kTilesOfChunk,
                        kLarge = kX == Activations::kBf16 ? 8 : kFlushColumns / kColumns;
-  static constexpr int kColumnStep = 64;
+  static constexpr int kColumnStep = 64, kPartStrips = 1;
   static constexpr int place_of(int column) { return column; }
 
   static void run(const UnitArgs& args) {

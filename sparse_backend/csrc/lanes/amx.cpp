@@ -82,7 +82,7 @@ struct Policy {
   static constexpr int kMostBlocks = amx::unit_columns(kX) / kBlockColumns;  // of a tile
   static constexpr int kSmall = kX == Activations::kBf16 ? 1 : 2;
   static constexpr int kLarge = kX == Activations::kBf16 ? 8 : kFlushBlocks;
-  static constexpr int kColumnStep = 64;
+  static constexpr int kColumnStep = 64, kPartStrips = 1;
   static constexpr int place_of(int column) {
     if (kKind != Values::kInt4) return column;
     // Of a row's eight columns the low halves are 0, 4, 1, 5 and the high ones 2, 6, 3, 7.

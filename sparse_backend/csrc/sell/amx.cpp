@@ -1,5 +1,6 @@
-// AMX, for more tokens than a tile of activations holds. Every entry of a block is stored to its place in a
-// zeroed panel of 64 rows by 128 columns, laid out as B tiles; the panel is multiplied as dense weights are.
+// AMX, for more tokens than are faster without (linear.cpp). Every entry of a block is stored to its place in
+// a zeroed panel of 64 rows by 128 columns, laid out as B tiles; the panel is multiplied as dense weights
+// are.
 //
 // Placing is scalar: two loads and a store for each entry, one entry a cycle at best, where a token costs
 // AVX-512 (avx512_gemv.h) about a sixteenth of a cycle an entry. Emerald Rapids, 4096 x 5120, one thread,
@@ -18,8 +19,6 @@ using amx::Activations;
 using unstructured::each;
 using unstructured::StripArgs;
 using unstructured::StripKernels;
-
-constexpr int kTileStrips = kStripRows / unstructured::kStripRows;  // strips of 16 rows in a part
 
 // The place of a row in the sorted order of its slice, by slot.
 struct Places {
@@ -43,10 +42,11 @@ struct Policy {
   static constexpr int kBlocks = kX == Activations::kBf16 ? 2 : 1;
   static constexpr int kSmall = 0, kLarge = kBlocks * kTilesOfBlock;
   static constexpr int kColumnStep = kBlockColumns;
+  static constexpr int kPartStrips = kStripRows / unstructured::kStripRows;
   static constexpr int place_of(int column) { return column; }
 
   static constexpr int64_t kStripBytes = int64_t{kTilesOfBlock} * tiles::kBytes;
-  static constexpr int64_t kBlockBytes = kTileStrips * kStripBytes, kPanelBytes = kBlocks * kBlockBytes;
+  static constexpr int64_t kBlockBytes = kPartStrips * kStripBytes, kPanelBytes = kBlocks * kBlockBytes;
 
   static void run(const StripArgs& args) {
     // Of integers with two halves of activations, tiles hold the sums of two strips: the second pair of a
@@ -73,7 +73,7 @@ struct Policy {
 
     int64_t column(int64_t i) const { return i * kColumns; }
     const uint8_t* tile(int s, int64_t i, int /*buffer*/) const {
-      return panel(i) + (first_ % kTileStrips + s) * kStripBytes + i % kTilesOfBlock * tiles::kBytes;
+      return panel(i) + (first_ % kPartStrips + s) * kStripBytes + i % kTilesOfBlock * tiles::kBytes;
     }
     // All strips' entries stand in one stream: a share of it for each. What was announced and not begun is
     // about as long as the last.
@@ -88,7 +88,7 @@ struct Policy {
     }
 
     void start(int64_t i, int64_t end, int /*buffer*/) {
-      if (first_ % kTileStrips != 0) return;
+      if (first_ % kPartStrips != 0) return;
       slices_ = (end - i) / kTilesOfBlock * kSlicesOfBlock;
       out_ = panel(i);
       from_ = stream_;
@@ -121,7 +121,7 @@ struct Policy {
 
     // Of the unit's parts, in turn.
     uint8_t* panel(int64_t i) const {
-      const int64_t turn = i / kLarge * (args_.strips / kTileStrips) + first_ / kTileStrips;
+      const int64_t turn = i / kLarge * (args_.strips / kPartStrips) + first_ / kPartStrips;
       return panels_ + turn % 2 * kPanelBytes + i % kLarge / kTilesOfBlock * kBlockBytes;
     }
 
@@ -212,30 +212,9 @@ struct Policy {
   };
 };
 
-template <Values kValues, Activations kX>
-constexpr StripKernels make() {
-  StripKernels kernels = amx::make_kernels<Policy<kValues, kX>>();
-  kernels.part_strips = kTileStrips;
-  return kernels;
-}
-
 }  // namespace
 
-const StripKernels& amx_kernels(Values values, bool byte_activations) {
-  static constexpr StripKernels table[] = {
-      make<Values::kBf16, Activations::kBf16>(),  make<Values::kBf16x12, Activations::kBf16>(),
-      make<Values::kInt8, Activations::kWords>(), make<Values::kInt4, Activations::kWords>(),
-      make<Values::kInt8, Activations::kBytes>(), make<Values::kInt4, Activations::kBytes>()};
-  switch (values) {
-    case Values::kBf16:
-      return table[0];
-    case Values::kBf16x12:
-      return table[1];
-    case Values::kInt8:
-      return table[byte_activations ? 4 : 2];
-    default:
-      return table[byte_activations ? 5 : 3];
-  }
-}
+const StripKernels& amx_kernels(Values values) { return amx::kernel_table<Policy>(values); }
+const StripKernels& amx_byte_kernels(Values values) { return amx::byte_kernel_table<Policy>(values); }
 
 }  // namespace sparse_backend::sell

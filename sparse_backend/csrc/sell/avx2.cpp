@@ -42,25 +42,24 @@ template <Values kValues>
 class Weights {
  public:
   Weights(const Block& block, const ExponentTable& table, int64_t ahead)
-      : run_(block.run),
-        codes_(block.run + block.header->entries),
-        ahead_(reinterpret_cast<const uint8_t*>(block.header), ahead),
+      : at_(block, ahead),
         exponents_(
             _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.exponent)))) {}
 
   // Group `g` of a step of `active` rows.
   inline void group(int g, int active, __m256i& first, __m256i& last) const {
     if constexpr (kValues == Values::kBf16x12) {
-      const __m256i high = _mm256_shuffle_epi8(exponents_, unstructured::half_bytes(codes_ + kGroupRows * g));
-      const __m256i low = load(run_ + 2 * kGroupRows * g);
+      const __m256i high =
+          _mm256_shuffle_epi8(exponents_, unstructured::half_bytes(at_.codes + kGroupRows * g));
+      const __m256i low = load(at_.run + 2 * kGroupRows * g);
       first = rotated(_mm256_unpacklo_epi8(low, high));
       last = rotated(_mm256_unpackhi_epi8(low, high));
     } else if constexpr (unstructured::is_integer(kValues)) {
       __m256i v;
       if constexpr (kValues == Values::kInt8) {
-        v = load(run_ + 2 * kGroupRows * g);
+        v = load(at_.run + 2 * kGroupRows * g);
       } else {
-        v = unstructured::int4_bytes(run_ + kGroupRows * g);
+        v = unstructured::int4_bytes(at_.run + kGroupRows * g);
       }
       first = _mm256_srai_epi16(_mm256_unpacklo_epi8(v, v), 8);
       last = _mm256_srai_epi16(_mm256_unpackhi_epi8(v, v), 8);
@@ -68,7 +67,7 @@ class Weights {
       const int rows = active - kGroupRows * g;
       const auto eight = [&](int from) {
         const int n = rows - from < 0 ? 0 : rows - from < 8 ? rows - from : 8;
-        return _mm256_maskload_epi32(reinterpret_cast<const int*>(run_) + kGroupRows * g + from,
+        return _mm256_maskload_epi32(reinterpret_cast<const int*>(at_.run) + kGroupRows * g + from,
                                      load(kFirstLanes + 8 - n));
       };
       const __m256i a = eight(0), b = eight(8);
@@ -77,15 +76,7 @@ class Weights {
     }
   }
   // To the next step.
-  inline void skip(int active) {
-    if constexpr (kValues == Values::kBf16x12) {
-      run_ += 2 * active;
-      codes_ += active;
-    } else {
-      run_ += unstructured::run_bytes(kValues, 2 * active);
-    }
-    ahead_.ask(active);
-  }
+  inline void skip(int active) { at_.skip(active); }
   inline void unpack(int active, __m256i* words) {
     group(0, active, words[0], words[1]);
     if (active > kGroupRows) group(1, active, words[2], words[3]);
@@ -97,9 +88,7 @@ class Weights {
     return _mm256_or_si256(_mm256_srli_epi16(v, 1), _mm256_slli_epi16(v, 15));
   }
 
-  const uint8_t* run_;
-  const uint8_t* codes_;
-  StepsAhead<kValues> ahead_;
+  ValueStream<kValues> at_;
   __m256i exponents_;
 };
 

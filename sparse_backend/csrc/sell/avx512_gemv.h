@@ -33,42 +33,33 @@ constexpr FirstBytes kFirstBytes;
 template <Values kValues>
 class Weights {
  public:
-  Weights(const Block& block, const ExponentTable& table, int64_t ahead)
-      : run_(block.run),
-        codes_(block.run + block.header->entries),
-        ahead_(reinterpret_cast<const uint8_t*>(block.header), ahead),
-        table_(table) {}
+  Weights(const Block& block, const ExponentTable& table, int64_t ahead) : at_(block, ahead), table_(table) {}
 
   inline void next(int active, __mmask64 bytes, __m512i& first, __m512i& last) {
-    ahead_.ask(active);
     if constexpr (kValues == Values::kBf16x12) {
-      const __m512i high = table_.look_up(codes_);
-      const __m512i low = _mm512_loadu_si512(run_);
+      const __m512i high = table_.look_up(at_.codes);
+      const __m512i low = _mm512_loadu_si512(at_.run);
       first = _mm512_unpacklo_epi8(low, high);
       last = _mm512_unpackhi_epi8(low, high);
       first = _mm512_shrdi_epi16(first, first, 1);
       last = _mm512_shrdi_epi16(last, last, 1);
-      run_ += 2 * active;
-      codes_ += active;
     } else if constexpr (unstructured::is_integer(kValues)) {
       __m512i v;
       if constexpr (kValues == Values::kInt8) {
-        v = _mm512_loadu_si512(run_);
-        run_ += 2 * active;
+        v = _mm512_loadu_si512(at_.run);
       } else {
-        v = table_.look_up(run_);
-        run_ += active;
+        v = table_.look_up(at_.run);
       }
       first = _mm512_srai_epi16(_mm512_unpacklo_epi8(v, v), 8);
       last = _mm512_srai_epi16(_mm512_unpackhi_epi8(v, v), 8);
     } else {  // what follows the active rows might be taken for infinities
       const auto low_half = static_cast<__mmask32>(bytes), high_half = static_cast<__mmask32>(bytes >> 32);
-      const __m512i a = _mm512_maskz_loadu_epi16(low_half, run_);
-      const __m512i b = _mm512_maskz_loadu_epi16(high_half, run_ + 64);
+      const __m512i a = _mm512_maskz_loadu_epi16(low_half, at_.run);
+      const __m512i b = _mm512_maskz_loadu_epi16(high_half, at_.run + 64);
       first = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 1, 4, 5, 8, 9, 12, 13), b);
       last = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(2, 3, 6, 7, 10, 11, 14, 15), b);
-      run_ += 4 * active;
     }
+    at_.skip(active);
   }
 
   inline void unpack(int active, __m512i* words) {
@@ -76,9 +67,7 @@ class Weights {
   }
 
  private:
-  const uint8_t* run_;
-  const uint8_t* codes_;
-  StepsAhead<kValues> ahead_;
+  ValueStream<kValues> at_;
   unstructured::CodeTable<kValues> table_;
 };
 

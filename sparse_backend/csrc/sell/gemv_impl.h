@@ -23,6 +23,31 @@ namespace {
 constexpr int64_t kAhead = 8192;
 constexpr int kTableBytes = 2 * kBlockColumns;  // of a token's block
 
+// Where the values of a block's next step stand; asks for memory on the way.
+template <Values kValues>
+class ValueStream {
+ public:
+  const uint8_t* run;
+  const uint8_t* codes;  // of kBf16x12 values
+  ValueStream(const Block& block, int64_t ahead)
+      : run(block.run),
+        codes(block.run + block.header->entries),
+        ahead_(reinterpret_cast<const uint8_t*>(block.header), ahead) {}
+
+  inline void skip(int active) {
+    if constexpr (kValues == Values::kBf16x12) {
+      run += 2 * active;
+      codes += active;
+    } else {
+      run += unstructured::run_bytes(kValues, 2 * active);
+    }
+    ahead_.ask(active);
+  }
+
+ private:
+  StepsAhead<kValues> ahead_;
+};
+
 template <class Level, class Simd>
 void gemv(const UnitArgs& args) {
   constexpr Values kValues = Simd::kValues;

@@ -60,8 +60,9 @@ const Kernels& scalar_kernels(Values values);
 const Kernels& avx2_kernels(Values values);
 const Kernels& avx512_kernels(Values values);
 const Kernels& avx512_bf16_kernels(Values values);  // bf16 values and activations, vdpbf16ps
-// Of bf16 activations, and for integer values of 16 or 8 bits. Not of fp16 values.
-const unstructured::StripKernels& amx_kernels(Values values, bool byte_activations);
+const unstructured::StripKernels& amx_kernels(
+    Values values);  // bf16 values and activations, or integer values
+const unstructured::StripKernels& amx_byte_kernels(Values values);  // integer values, int8 activations
 #endif
 
 }  // namespace sparse_backend::sell

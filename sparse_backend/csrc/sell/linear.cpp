@@ -18,6 +18,11 @@ constexpr unstructured::Levels<Kernels> kLevels{
 #endif
 };
 
+#if defined(__x86_64__)
+constexpr unstructured::Levels<unstructured::StripKernels> kTiles{
+    nullptr, nullptr, nullptr, nullptr, nullptr, amx_kernels, amx_byte_kernels};
+#endif
+
 // Tokens a prepared column of the batched kernels holds: 1, 2, 4 or 8 vectors.
 int token_stride(int tokens, int lanes) {
   int stride = lanes;
@@ -160,8 +165,7 @@ const char* kernel_name(Values values, DType x_type) {
 void linear(const unstructured::View& w, const unstructured::LinearArgs& args, const ThreadPool& pool) {
 #if defined(__x86_64__)
   if (tiles_win(w.header.values, args.x_type, args.tokens)) {
-    const unstructured::StripKernels& kernels = amx_kernels(w.header.values, w.header.activation_bits == 8);
-    return strips_linear(kernels, w, args, pool);
+    return strips_linear(select(kTiles, w.header, args), w, args, pool);
   }
 #endif
   linear_with(select(kLevels, w.header, args), w, args, pool);

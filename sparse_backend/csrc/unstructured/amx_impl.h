@@ -5,6 +5,7 @@
 //   run(args)      a unit: run_unit<Policy>, mostly
 //   kActivations   how activations stand in A tiles
 //   kColumnStep    they are zero-padded to a multiple of so many columns, itself one of 64: what tiles reach
+//   kPartStrips    strips in a part of the stream
 //   kSmall, kLarge   tiles of a strip decoded at a time: for so few tokens that their sums stay in
 //                  tiles (0: never), and for more
 //   Strips<n>(args, first)   n strips side by side, in whose tiles the same columns stand:
@@ -283,6 +284,7 @@ constexpr StripKernels make_kernels() {
   k.gemv_tiles = 0;
   k.wants_sums = false;
   k.scratch_bytes = kFour > kTwo ? kFour : kTwo;
+  k.part_strips = Policy::kPartStrips;
   k.prepare = prepare<Policy>;
   k.gemv = nullptr;
   k.gemm = {Policy::run, kMostTokens, tiles::kRows, 1, kMostUnitStrips};
