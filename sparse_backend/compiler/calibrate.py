@@ -46,9 +46,9 @@ _COLUMNS, _FEW_ROWS, _ROWS, _MANY_ROWS = 4096, 64, 2048, 4096
 _CACHED_BYTES = 16 << 20
 # Read before each turn from memory. Caches keep some of what they were given before: it takes several times their size.
 _FILLER_BYTES = 128 << 20
-# Seconds to spend on one hot number, and the fewest and most calls it may come from; turns from memory.
-_SECONDS = 0.005
-_CALLS = (4, 80)
+# Seconds to spend on one hot number at a time, and the fewest and most calls it may come from; turns from memory.
+_SECONDS = 0.003
+_CALLS = (3, 50)
 _COLD_ROUNDS = 8
 # What is tried for KernelCost.exponent.
 _EXPONENTS = (1.0, 1.1, 1.25, 1.5, 1.75, 2.0, 2.5, 3.0, 4.0, 6.0, 10.0)
@@ -178,11 +178,13 @@ def _calibrate(progress: Progress | None) -> Profile:
         if progress is not None:
             progress(i, len(KERNELS), f"{format} {values}")
         measured[f"{format}/{values}"] = _Measured(format, values, overhead)
-    bandwidths = _measure_cold([*measured.values()])
-    # A second round, seconds later: on a shared machine a slow moment is never the same kernel's twice.
-    for name, m in measured.items():
-        if not name.endswith(("/fp16", "/fp32")):  # rare
-            m.measure_hot()
+    bandwidths: list[float] = []
+    for batch in _COLD_BATCHES:
+        bandwidths += _measure_cold([*measured.values()], batch)
+        # And hot again, seconds later: on a shared machine a slow moment is never the same kernel's every time.
+        for name, m in measured.items():
+            if not name.endswith(("/fp16", "/fp32")):  # rare
+                m.measure_hot()
     kernels = {name: m.fit() for name, m in measured.items()}
     machine = f"{cpu_model()}, {cpu.active_isa()}, {torch.get_num_threads()} threads"
     if progress is not None:
@@ -206,20 +208,19 @@ def _busy() -> bool:
     return together > 1.5 * alone
 
 
-def _measure_cold(measured: list[_Measured]) -> list[float]:
+def _measure_cold(measured: list[_Measured], batch: int) -> list[float]:
     """Time all kernels in turn, after something that fills the cache; returns the bandwidth of every turn.
 
     Each finds its weight in memory because all the others' have passed since.
     """
     filler = torch.ones(_FILLER_BYTES // 8, dtype=torch.int64)
     rates = []
-    for batch in _COLD_BATCHES:
-        for _ in range(_COLD_ROUNDS):
-            start = time.perf_counter()
-            filler.sum()
-            rates.append(filler.nbytes / (time.perf_counter() - start))
-            for m in measured:
-                m.measure_cold(batch, rates[-1])
+    for _ in range(_COLD_ROUNDS):
+        start = time.perf_counter()
+        filler.sum()
+        rates.append(filler.nbytes / (time.perf_counter() - start))
+        for m in measured:
+            m.measure_cold(batch, rates[-1])
     return rates
 
 
