@@ -2,7 +2,7 @@
 
 All contenders of a group run in one loop (this may be a shared machine). Each makes one call that is not
 timed before each that is, and rotates over copies of its weight, so many that 8 times the last-level cache is
-read before one of them comes back; medians are compared. A result that is wrong has no speed.
+read before one of them comes back, in either kind of call; medians are compared. A result that is wrong has no speed.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class Contender:
             self.problem = f"WRONG ({error:.1e})"
 
     def once(self, x: torch.Tensor) -> None:
-        # Not timed: another contender's threads may still spin, and its code is in the caches.
-        self.calls[(self.turn + 1) % len(self.calls)](x)
+        # Not timed: another contender's threads may still spin, and its code is in the caches. Half a rotation away,
+        # so that it does not bring the next turns' copies into the cache.
+        self.calls[(self.turn + len(self.calls) // 2) % len(self.calls)](x)
         call = self.calls[self.turn % len(self.calls)]
         self.turn += 1
         start = time.perf_counter()
@@ -52,9 +53,9 @@ class Contender:
 
 
 def rotate(group: list[Contender]) -> None:
-    """As many copies as the caches ask for: in a round everyone reads two of its own."""
+    """As many copies as the caches ask for: in a round everyone reads two of its own, half a rotation apart."""
     round_bytes = 2 * sum(c.nbytes for c in group)
-    count = 1 + max(1, -(-8 * machine.last_level_cache() // max(1, round_bytes)))
+    count = 2 * -(-8 * machine.last_level_cache() // max(1, round_bytes))
     for c in group:
         c.calls += [c.make() for _ in range(min(count, 400) - len(c.calls))]
 

@@ -100,18 +100,17 @@ def main() -> int:
     cpu.library()
     if args.rows is None:
         console.print_json(json.dumps(about))
-    if args.format == "ternary":
-        torch.set_num_threads(max(args.threads))
-        rows = ternary_kernels.run(args)
+    ternary = args.format == "ternary"
+    args.batch = args.batch or ([1, 8, 128, 512] if ternary else [1, 8, 64])
+    if args.rows is not None:
+        torch.set_num_threads(args.threads[0])
+        args.rows.write_text(json.dumps((ternary_kernels if ternary else sparse_kernels).run(args)))
+        return 0
+    rows = [row for threads in args.threads for row in with_threads(threads)]
+    if ternary:
         if args.save and rows:
             machine.save_results(args.save, rows, {"date": datetime.date.today().isoformat(), "machine": about})
         return 0
-    args.batch = args.batch or [1, 8, 64]
-    if args.rows is not None:
-        torch.set_num_threads(args.threads[0])
-        args.rows.write_text(json.dumps(sparse_kernels.run(args)))
-        return 0
-    rows = [row for threads in args.threads for row in with_threads(threads)]
     torch.set_num_threads(max(args.threads))
     small, speed = overhead(), packing()
     for name, value in small.items():

@@ -101,10 +101,12 @@ def quantised_peers(weight: torch.Tensor) -> list[Contender]:
 
 
 def csr_peers(weight: torch.Tensor) -> list[Contender]:
-    """What a library's sparse matrix gives: fp32 values, 32- or 64-bit columns."""
+    """What a library's sparse matrix gives: fp32 values, 32-bit columns; scipy's runs on one thread."""
     import scipy.sparse
 
-    csr = weight.float().to_sparse_csr()
+    wide = weight.float().to_sparse_csr()
+    # MKL takes 32 bits: 64 would be converted at every call.
+    csr = torch.sparse_csr_tensor(wide.crow_indices().int(), wide.col_indices().int(), wide.values(), wide.shape)
     nbytes = csr.values().nbytes + csr.col_indices().nbytes + csr.crow_indices().nbytes
 
     def torch_csr() -> Call:

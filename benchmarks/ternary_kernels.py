@@ -64,23 +64,22 @@ def contenders(weight: torch.Tensor, peers: bool) -> list[Contender]:
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     bandwidth = machine.Bandwidth()
     rows: list[dict[str, Any]] = []
+    (threads,) = args.threads
     for shape in args.shapes:
         n, k = SHAPES[shape]
         generator = torch.Generator().manual_seed(0)
         weight = ternary_weight(n, k, generator)
         group = contenders(weight, not args.no_peers)
-        for batch in args.batch or [1, 8, 128, 512]:
+        for batch in args.batch:
             x = torch.randn(batch, k, generator=generator).bfloat16()
             expected = x.double() @ weight.double().t()
             for c in group:
                 c.problem = ""
                 c.check(x, expected if c.reference is None else x.double() @ c.reference.double().t())
-            for threads in args.threads:
-                torch.set_num_threads(threads)
-                probes = [bandwidth.read_once(threads)]
-                measure(group, x, args.seconds)
-                probes.append(bandwidth.read_once(threads))
-                rows += report(shape, (n, k), batch, threads, group, max(probes))
+            probes = [bandwidth.read_once(threads)]
+            measure(group, x, args.seconds)
+            probes.append(bandwidth.read_once(threads))
+            rows += report(shape, (n, k), batch, threads, group, max(probes))
     return rows
 
 

@@ -114,21 +114,21 @@ class SparseLinear(torch.nn.Module):
 
     @classmethod
     def from_linear(cls, module: torch.nn.Linear, format: str = "auto", values: str | None = None) -> SparseLinear:
-        """Convert a Linear. `auto` takes the smallest lossless sparse format.
+        """Convert a Linear. `auto` takes what the plan predicts fastest here, lossless unless `values` rounds.
 
         Raises:
-            OptionError: `auto`, and no sparse format makes this weight smaller.
+            OptionError: `auto`, and it is predicted to stay fastest as it is.
             WeightError: as `pack`.
         """
         weight = module.weight.detach()
-        options = Options(values=values)
-        weight = convert_values(weight, values)
         if format == "auto":
-            decision = plan.choose(weight.cpu(), options, plan.profile_of(weight.device))
-            if decision.format == "dense":
-                raise OptionError(f"format auto keeps this weight dense ({decision.reason}); name a format to force it")
-            format = decision.format
-        return cls(pack(weight, format, None if format == "int8" else values).lower(str(weight.device)), module.bias)
+            options = Options(values=values)
+            packed, reason = plan.pack(convert_values(weight, values), options)
+            if packed is None:
+                raise OptionError(f"format auto keeps this weight dense ({reason}); name a format to force it")
+        else:
+            packed = pack(weight, format, None if values == format or format == "int8" else values)
+        return cls(packed.lower(str(weight.device)), module.bias)
 
     def machine_weight(self) -> MachineWeight:
         """The machine form this layer runs on."""

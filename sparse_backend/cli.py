@@ -101,8 +101,8 @@ def compile_command(
     format: Annotated[
         str | None,
         typer.Option(
-            help="auto (the fastest lossless), bitmask, sell, ternary or int8 (both round, unless exact), or dense. "
-            "Default: auto."
+            help="auto (the fastest lossless), dense, bitmask, sell, nm, block, bf16x12, or one that rounds what is "
+            "not exact: ternary, int8, int4. Default: auto."
         ),
     ] = None,
     values: Annotated[
@@ -117,12 +117,16 @@ def compile_command(
     ] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(help="Columns per scale where --format ternary or --values round: 32 (ternary), 64, 128, 256."),
+        typer.Option(
+            help="Columns per scale where --format ternary or int4 or --values int8 or int4 round: 128, 256; but for "
+            "sell also 64; for ternary, int4 and block also 32. Default: one scale per row (ternary: in all), int4 128."
+        ),
     ] = None,
     activations: Annotated[
         str | None,
         typer.Option(help="Of ternary, int8 and int4 weights: keep, or int8 per token. Default: as trained."),
     ] = None,
+    batch: Annotated[int | None, typer.Option(help="Tokens per step that auto plans formats for. Default: 1.")] = None,
     lm_head: Annotated[
         str | None,
         typer.Option(help="keep, or int8: the engine rounds the output head as it loads. Default: keep."),
@@ -162,12 +166,14 @@ def compile_command(
     from .compiler import recipe as recipes
     from .compiler.compile import compile_checkpoint, plan_checkpoint
     from .compiler.pruning.text import DEFAULT_TOKENS, Calibration
+    from .compiler.work import folder_of
     from .options import Options
 
     given = {
         "format": format, "values": values, "sparsity": sparsity, "method": method,
         "pattern": pattern, "allocation": allocation,
-        "bits": bits, "group_size": group_size, "activations": activations, "lm_head": lm_head,
+        "bits": bits, "group_size": group_size, "activations": activations, "batch": batch,
+        "lm_head": lm_head,
         "ignore": ignore or None, "rules": _rules(rule) if rule else None,
     }  # fmt: skip
     keys = recipes.read(recipe) if recipe is not None else {}
@@ -197,7 +203,12 @@ def compile_command(
                     command=command, calibration=text,
                 )  # fmt: skip
         except KeyboardInterrupt:
-            say("interrupted; shards that are whole are kept, the same command goes on from them")
+            if dry_run:
+                say("interrupted; a dry run writes nothing, so nothing is kept")
+            elif folder_of(target).exists():  # without a whole shard it is removed
+                say("interrupted; shards that are whole are kept, the same command goes on from them")
+            else:
+                say("interrupted before the first shard was whole; nothing is kept")
             raise typer.Exit(130) from None
     _show_plan(report, target, dry_run)
     if dry_run:
@@ -260,8 +271,10 @@ def inspect(
         )  # fmt: skip
     if rows:
         out.print(table)
-    if verify:
+    if verify and info.rows:
         out.print("all checksums match", highlight=False)
+    elif verify:
+        out.print("no checksums to check: only packed modules have them, and there are none", highlight=False)
 
 
 @app.command()

@@ -115,6 +115,8 @@ class Options:
             value = getattr(self, key)
             if isinstance(value, (bool, list, dict)) or value not in allowed:
                 raise OptionError(f"option '{key}' = {value!r} is not available; allowed: {_show(allowed)}")
+            # As listed: 2.0, of a flag or of JSON, is 2, which names kernels.
+            object.__setattr__(self, key, allowed[allowed.index(value)])
         if isinstance(self.batch, bool) or not isinstance(self.batch, int) or self.batch < 1:
             raise OptionError(f"option 'batch' = {self.batch!r} is not available; allowed: whole numbers from 1 on")
         if self.sparsity is not None:

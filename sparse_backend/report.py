@@ -53,7 +53,7 @@ class Report:
         self.lines.append(Line(module, "dense", dense_bytes, dense_bytes, reason))
 
     def note(self, what: str | None) -> None:
-        """Count a weight that options changed: `pruned` or `rounded`; None is none."""
+        """Count a weight that options changed: in words (`pruned`, `rounded`, ...); None is none."""
         if what is not None:
             self.changed[what] += 1
 

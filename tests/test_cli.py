@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -8,6 +9,8 @@ import sys
 
 import pytest
 from conftest import PYTHON_LM
+
+from sparse_backend.options import CHOICES, Options
 
 
 def cli(*args, **env):
@@ -22,13 +25,20 @@ def test_help_teaches():
     text = cli("--help").stdout
     for command in ("compile", "inspect", "doctor", "serve"):
         assert command in text
-    assert "sparse-backend compile ./llama ./llama-50 --sparsity 0.5" in cli("compile", "--help").stdout
+    compiling = cli("compile", "--help").stdout
+    assert "sparse-backend compile ./llama ./llama-50 --sparsity 0.5" in compiling
+    for key in dataclasses.fields(Options):
+        assert key.name == "rules" or f"--{key.name.replace('_', '-')} " in compiling, key.name
+    formats = compiling[compiling.index("--format") : compiling.index("--values")]
+    for name in CHOICES["format"]:
+        assert re.search(rf"\b{name}\b", formats), name
     assert re.search(r"sparse_backend \d", cli("--version").stdout)
 
 
 def test_compile_then_inspect(tmp_path):
     out = tmp_path / "out"
-    result = cli("compile", PYTHON_LM, out, "--sparsity", "0.5")
+    result = cli("compile", PYTHON_LM, out, "--sparsity", "0.5", "--batch", "2")
+    assert json.loads((out / "config.json").read_text())["quantization_config"]["batch"] == 2
     assert result.returncode == 0, result.stderr
     assert "bitmask" in result.stdout
     assert "differs from the original" in result.stdout
@@ -47,6 +57,7 @@ def test_compile_then_inspect(tmp_path):
     [
         (["compile", PYTHON_LM, "{tmp}", "--sparsity", "0.5"], "exists already"),
         (["compile", PYTHON_LM, "{tmp}/o", "--ignore", "*"], "nothing to pack"),
+        (["compile", PYTHON_LM, "{tmp}/o", "--batch", "0"], "option 'batch' = 0 is not available"),
         (["compile", PYTHON_LM, "{tmp}/o", "--sparsity", "1.5"], "0 <= s < 1"),
         (["compile", PYTHON_LM, "{tmp}/o", "--format", "csr"], "allowed: auto, dense, bitmask"),
         (["compile", PYTHON_LM, "{tmp}/o", "--rule", "{"], "is not JSON"),

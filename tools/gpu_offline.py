@@ -217,7 +217,10 @@ def ternary_cases(quick: bool) -> Iterator[Case]:
         last = {**parts, **dict.fromkeys(("rows", "n", "stride", "splits"), "i32")}
         for limbs in (1, 3):
             fixed = {"LIMBS": limbs, "UNIT": 64, "BLOCK": 8192}
-            yield Case(f"ternary quantise{limbs}", ternary_kernels.quantise, types, fixed, 8, wide=False)
+            own = {**fixed, "absmax": None}
+            yield Case(f"ternary quantise{limbs}", ternary_kernels.quantise, types, own, 8, wide=False)
+            name, given = f"ternary quantise{limbs} by a given absmax", {**types, "absmax": "*fp32"}
+            yield Case(name, ternary_kernels.quantise, given, fixed, 8, wide=False)
             fixed = {"LIMBS": limbs, "SCALED": False, "BLOCK": 256}
             yield Case(f"ternary finish{limbs}", ternary_kernels.finish, last, fixed, 4, wide=False)
 

@@ -11,7 +11,7 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from .base import check_writable, clean_errors, err, out, write_whole
+from .base import check_writable, clean_errors, err, out, print_table, write_whole
 
 
 @clean_errors
@@ -77,10 +77,10 @@ def analyze(
         out.print(f"\n{found.title}", highlight=False, markup=False)
         table = Table(box=box.SIMPLE_HEAD, show_edge=False)
         for i, column in enumerate(found.header):
-            table.add_column(column, justify="right" if i else "left", no_wrap=True)
+            table.add_column(column, justify="right" if i else "left")
         for row in found.rows:
             table.add_row(*map(escape, row))
-        out.print(table)
+        print_table(table)
     out.print()
     for line in analysis_text.findings(analysis):
         out.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..report import human_bytes
-from .base import check_writable, clean_errors, err, out, write_whole
+from .base import check_writable, clean_errors, err, out, print_table, write_whole
 
 
 def _measure(again: bool) -> Any:
@@ -76,9 +76,9 @@ def plan(
 
         planned = plan_weights(model, options, machine, progress, lambda text: err.print(text, highlight=False))
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("projection", min_width=28, no_wrap=True, overflow="fold")
+    table.add_column("projection")
     for name in ("shape", "choice", "us", "gain", "runner-up", "us"):
-        table.add_column(name, justify="left" if name in ("choice", "runner-up") else "right", no_wrap=True)
+        table.add_column(name, justify="left" if name in ("choice", "runner-up") else "right")
     for p in planned:
         other = p.runner_up
         table.add_row(
@@ -86,7 +86,7 @@ def plan(
             _microseconds(p.chosen.seconds), f"{p.dense.seconds / p.chosen.seconds:.2f}x",
             other.name if other else "-", _microseconds(other.seconds) if other else "-",
         )  # fmt: skip
-    out.print(table)
+    print_table(table)
     chosen, dense = sum(p.chosen.seconds for p in planned), sum(p.dense.seconds for p in planned)
     out.print(
         f"{len(planned)} projections, {batch} token(s) a step: {_microseconds(chosen)} us planned, "

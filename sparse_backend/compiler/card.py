@@ -54,7 +54,7 @@ def _front_matter(info: checkpoint.Checkpoint, base: str | None, layout: str, re
         matter |= {"base_model": base, "base_model_relation": "quantized"}
     matter["library_name"] = "sparse_backend" if layout == QUANT_METHOD else "transformers"
     formats = [f for f in report.by_format() if f != "dense"]
-    changes = sorted({word for what in report.changed for word in what.split(" and ")})
+    changes = [word for word in ("pruned", "rounded") if any(word in what for what in report.changed)]
     matter["tags"] = list(dict.fromkeys([layout, *formats, *changes]))
     return matter
 
@@ -87,8 +87,6 @@ def _difference(options: Options, report: Report) -> str:
     lines = [f"- {count} projections were {what}." for what, count in report.changed.items()]
     if options.lm_head != "keep":
         lines.append(f"- Engines round the output head to {options.lm_head} as they load it.")
-    if options.values in ("bf16", "fp16"):
-        lines.append(f"- Values were converted to {options.values}.")
     if not lines:
         return "No weight was changed: it computes what the original computes."
     asked = {k: v for k, v in _plain(options).items() if k in ("sparsity", "method", "pattern", "allocation")}

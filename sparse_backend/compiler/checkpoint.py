@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -140,6 +140,9 @@ def read(folder: str | Path) -> Checkpoint:
     config = read_config(folder)
     index = _read_index(folder)
     names = set(index.values()) if index else {p.name for p in folder.glob("*.safetensors") if not _is_copy(p.name)}
+    absent = _absent(names)
+    if absent is not None:
+        raise CheckpointError(f"{folder / absent}: is not there; a shard is missing")
     files = tuple(folder / name for name in sorted(names))
     if not files:
         raise CheckpointError(f"{folder}: has no .safetensors files; save the model with safe_serialization=True")
@@ -162,6 +165,20 @@ def read(folder: str | Path) -> Checkpoint:
 def _is_copy(name: str) -> bool:
     """Whether a file holds the same weights under other names, or only changes to them."""
     return name.startswith(("consolidated", "adapter_"))
+
+
+def _absent(names: Collection[str]) -> str | None:
+    """The first shard that the others' names (`model-00001-of-00002`) count and that is not among them."""
+    for name in sorted(names):
+        found = re.fullmatch(r"(.+-)(\d+)(-of-(\d+)\.safetensors)", name)
+        if found is None:
+            continue
+        first, number, last, count = found.groups()
+        for i in range(1, int(count) + 1):
+            other = f"{first}{i:0{len(number)}d}{last}"
+            if other not in names:
+                return other
+    return None
 
 
 def _read_index(folder: Path) -> dict[str, str]:

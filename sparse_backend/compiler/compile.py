@@ -20,14 +20,13 @@ from ..formats.ternary import Ternary
 from ..options import QUANT_METHOD, Options
 from ..packed import PackedWeight
 from ..report import Report, human_bytes
-from . import bitnet, card, checkpoint, convert, writer
-from .calibrate import current_profile
+from . import bitnet, card, checkpoint, convert, resume, writer
 from .pruning import elsewhere
 from .pruning.pruner import Pruner
 from .pruning.text import Calibration
-from .source import Progress, Source, why_unknown
+from .source import Progress, Source, unfitting, why_unknown
 from .verify import Change, verify_checkpoint
-from .work import Say, WorkFolder
+from .work import Say, WorkFolder, folder_of
 
 LAYOUTS = (QUANT_METHOD, bitnet.METHOD)
 
@@ -62,7 +61,8 @@ def compile_checkpoint(
         layout: `sparse-compiled`, or `bitnet` for Hugging Face's packing of ternary weights.
         verify: read the result back and compare every tensor with the source (compiler/verify.py) before it
             gets its name.
-        say: told, in one line each, of a run taken up or thrown away, and of an unknown architecture.
+        say: told, in one line each, of a run taken up or thrown away, an unknown architecture, and patterns of
+            `options` that fit no module.
         command: what the model card says made the result; None for this call.
         calibration: text for the methods that calibrate, wanda and sparsegpt.
 
@@ -84,10 +84,15 @@ def compile_checkpoint(
         made_by = f"{made_by[:-1]}, calibration={calibration})"
     work = None
     try:
-        work = WorkFolder(target, job.key(max_shard_bytes), say)
+        key, profile = job.key(max_shard_bytes), None
+        if job.plans:
+            profile = resume.profile_for(folder_of(target), key)
+            key[resume.MACHINE] = resume.digest(profile)
+        work = WorkFolder(target, key, say)
         output = writer.Writer(work, max_shard_bytes)
         try:
-            job.run(output, progress)
+            with resume.planning_by(profile, work.folder):
+                job.run(output, progress)
             text = card.write(job.source.info, job.options, layout, output.report, made_by, target.name)
             output.finish({**job.source.info.config, "quantization_config": job.quantization_config()}, text, source)
             if verify:
@@ -204,6 +209,8 @@ class _Job:
         reason = why_unknown(info.config)
         if reason is not None:
             say(f"{info.folder}: unknown architecture ({reason}); converted by tensor names and shapes, check the plan")
+        for warning in unfitting(info, options) if not info.modules else ():
+            say(warning)
 
         # What a compiled checkpoint's options say was pruned, was: its weights come as they are.
         self.pruner = None if info.modules else Pruner(info, options, calibration, plain=self.bitnet is None)
@@ -211,7 +218,7 @@ class _Job:
         self.change: Change = functools.partial(convert.change_weight, pruned=pruned)
 
     def key(self, max_shard_bytes: int) -> dict[str, Any]:
-        """What decides every byte of the result."""
+        """What decides every byte of the result, but for the profile where formats are chosen by one."""
         info = self.source.info
         files = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in info.files]
         source = json.dumps([str(info.folder.absolute()), files, info.config, sorted(info.tensors.items())])
@@ -221,16 +228,14 @@ class _Job:
             "layout": self.layout,
             "shard size": max_shard_bytes,
             "calibration": None if self.pruner is None else self.pruner.digest(),
-            "machine": self._machine(),
+            "processor": resume.machine_key() if self.plans else None,
             "source": hashlib.sha256(source.encode()).hexdigest(),
         }
 
-    def _machine(self) -> str | None:
-        """Of the profile that plans with, where formats are chosen and not named."""
-        named = self.options.format != "auto" and all(r.get("format") != "auto" for r in self.options.rules)
-        if named:
-            return None
-        return hashlib.sha256(json.dumps(current_profile().to_json(), sort_keys=True).encode()).hexdigest()
+    @property
+    def plans(self) -> bool:
+        """Whether formats are chosen, and not named."""
+        return self.options.format == "auto" or any(r.get("format") == "auto" for r in self.options.rules)
 
     def run(self, output: writer.Writer, progress: Progress | None) -> None:
         """Convert tensor by tensor.
@@ -253,8 +258,20 @@ class _Job:
         if not report.packed_count:
             reasons = "; ".join(f"{count} x {reason}" for reason, count in report.dense_reasons().items())
             raise OptionError(
-                f"{self.source.info.folder}: nothing to pack ({reasons or 'no projection'}); pass --sparsity to prune"
+                f"{self.source.info.folder}: nothing to pack ({reasons or 'no projection'}); {self._advice(report)}"
             )
+
+    def _advice(self, report: Report) -> str:
+        """What to change where nothing was packed."""
+        left = [line.module for line in report.lines if convert.is_projection(line.module)]
+        chosen = [o for o in map(self.options.for_module, left) if o is not None and o.format != "dense"]
+        if not chosen:
+            if self.options.format == "dense":
+                return "format dense packs nothing; name another"
+            return "the patterns of 'ignore' and 'rules' leave no projection; change those"
+        if any(o.target_sparsity for o in chosen):
+            return "pass a higher --sparsity, or name a --format"
+        return "pass --sparsity to prune"
 
     def _prepare(self, pruner: Pruner, folder: Path | None, progress: Progress | None) -> None:
         total = self.source.total_bytes
@@ -288,7 +305,9 @@ class _Job:
             packed, reason = convert.pack_weight(module, tensor, options)
             if packed is not None:
                 packed = self._exact(module, packed)
-                output.report.note("rounded" if packed.format in ("int8", "int4") else what)
+                output.report.note(convert.what_changed(tensor, packed, what))
+                if self._rounds_activations(packed):
+                    output.report.note("given int8 activations")
             elif what is not None and what.startswith("pruned"):
                 output.report.note("pruned")  # values round only as they pack
         if packed is None:
@@ -297,6 +316,11 @@ class _Job:
         else:
             self._write(module, packed, output)
             output.report.add_packed(module, packed.format, tensor.nbytes, packed.nbytes)
+
+    def _rounds_activations(self, packed: PackedWeight) -> bool:
+        """Whether its activations are rounded here and were not in the source."""
+        trained = self.bitnet is not None or bool(self.source.info.modules)
+        return not trained and packed.attributes.get("activations") == "int8"
 
     def _exact(self, module: str, packed: PackedWeight) -> PackedWeight:
         """The packed weight under its checkpoint's own scale, where the dense dtype rounded it."""

@@ -27,6 +27,8 @@ IGNORED = "in 'ignore'"
 FIX = "fix the checkpoint or add the module to 'ignore'"
 # Anything else is quantised codes or not a weight.
 PRUNABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+# As option `values` calls what float32 weights, or the other's, are rounded to.
+_VALUES = {torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
 def why_not_projection(module: str) -> str | None:
@@ -74,7 +76,7 @@ def change_weight(
     options: Options,
     pruned: Callable[[str, torch.Tensor, Options], torch.Tensor] = prune_alone,
 ) -> tuple[torch.Tensor, str | None]:
-    """The weight of one HF module as its options ask for, and what that was: `pruned`, `rounded` or None.
+    """The weight of one HF module as its options ask for, and what that was: `pruned`, `rounded`, both or None.
 
     What depends on the whole weight happens here, before an engine shards it. `pruned` prunes it.
 
@@ -82,18 +84,32 @@ def change_weight(
         WeightError: naming the module.
         OptionError: it cannot be pruned so.
     """
-    what = None
+    done = []
     try:
         if options.target_sparsity:
-            weight, what = pruned(module, weight, options), "pruned"
+            weight = pruned(module, weight, options)
+            done.append("pruned")
+        rounded = weight
         if options.format == "ternary":
-            ternary = get_format("ternary").round(weight, options)
-            weight, what = ternary, what if ternary is weight else "rounded"
-        elif options.values in ("int8", "int4") and options.format != "dense":
-            what = f"{what} and rounded" if what else "rounded"  # as it packs
+            rounded = get_format("ternary").round(weight, options)
+        if rounded is not weight or (options.values in ("int8", "int4") and options.format != "dense"):  # as it packs
+            done.append("rounded")
     except WeightError as error:
         raise WeightError(f"{module}: {error}; {FIX}") from None
-    return weight, what
+    return rounded, " and ".join(done) or None
+
+
+def what_changed(weight: torch.Tensor, packed: PackedWeight, what: str | None) -> str | None:
+    """What change_weight said of a weight (`what`), and what packing it then rounded."""
+    if what is not None and "rounded" in what:
+        return what
+    if packed.format in ("int8", "int4"):
+        rounded = "rounded"
+    elif torch.equal(weight.to(packed.dtype).to(weight.dtype), weight):
+        return what
+    else:
+        rounded = f"rounded to {_VALUES[packed.dtype]}"
+    return rounded if what is None else f"{what} and {rounded}"
 
 
 def pack_weight(

@@ -17,7 +17,7 @@ _ITEMSIZE = {"float32": 4}
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One module, or all modules of a format."""
+    """One module, or all modules of a format; `dense_bytes` are the source's."""
 
     name: str
     format: str
@@ -125,11 +125,12 @@ def inspect(folder: str | Path, verify: bool = False) -> Inspection:
             size = spec.dtype.itemsize if spec.dtype else _ITEMSIZE.get(entry.dtype, 2)
             packed_bytes += math.prod(shape) * size
             shapes[spec.name] = shape
-        nnz = get_format(entry.format).nnz(shapes)
+        nnz = get_format(entry.format).nnz(entry.shape, shapes, entry.attributes)
         weights = entry.shape[0] * entry.shape[1]
+        dense_bytes = weights * _source_itemsize(entry, info.config)
         shape_text = f"{entry.shape[0]} x {entry.shape[1]}"
         rows.append(
-            Row(f"{name} ({entry.format})", entry.format, 1, shape_text, weights, nnz, 2 * weights, packed_bytes)
+            Row(f"{name} ({entry.format})", entry.format, 1, shape_text, weights, nnz, dense_bytes, packed_bytes)
         )
     dense_rows = []
     for name in info.module_names():
@@ -143,6 +144,14 @@ def inspect(folder: str | Path, verify: bool = False) -> Inspection:
     architecture = ", ".join(info.config.get("architectures") or ["unknown architecture"])
     options = info.config.get("quantization_config") or {}
     return Inspection(architecture, options, len(info.module_names()), rows, dense_rows)
+
+
+def _source_itemsize(entry: checkpoint.ModuleEntry, config: dict[str, Any]) -> int:
+    """Bytes of one weight of the model that was compiled, which only config.json and what was not converted tell."""
+    named = convert.model_dtype(config).itemsize
+    if entry.format == "ternary" and (config.get("dtype") or config.get("torch_dtype")):
+        return named  # the entry's dtype is that of its scales, which BitNet models may have more exact
+    return max(named, _ITEMSIZE.get(entry.dtype, 2))
 
 
 def _verify(info: checkpoint.Checkpoint) -> None:

@@ -147,14 +147,20 @@ def pack(weight: torch.Tensor, options: Options, device: torch.device | None = N
     weight = weight.cpu()
     profile = profile_of(device) if options.format == "auto" and weight.numel() else None
     unfit: set[str] = set()
+    refused = None
     while True:
         decision = choose(weight, options, profile, without=unfit)
         if decision.pack is None:
-            return None, decision.reason
+            if refused is None:
+                return None, decision.reason
+            left = any(p.format != "dense" for p in decision.predictions)
+            return None, f"{decision.reason}; of others: {refused}" if left else refused
         try:
             packed = decision.pack()
-            if options.format != "auto" or registry.refusal(packed, device.type) is None:
+            refusal = registry.refusal(packed, device.type) if options.format == "auto" else None
+            if refusal is None:
                 return packed, decision.reason
+            refused = refusal
         except UnfitError:
             if options.format != "auto":
                 raise
@@ -190,7 +196,8 @@ def choose(
     dense = next(p for p in found if p.format == "dense")
     if len(found) == 1:
         name = str(weight.dtype).removeprefix("torch.")
-        return Decision("dense", f"no lossless format for {name} weights (values bf16 or fp16 would round)")
+        reason = f"no lossless format for {name} weights (values bf16 or fp16 would round)"
+        return Decision("dense", reason, None, tuple(found))
     if options.activations == "int8" and any(p.format == "ternary" for p in found):
         # The function it was trained for, and the same one on every rank, whatever its shard's zeros.
         allowed = [p for p in found if p.format == "ternary"]
@@ -204,9 +211,10 @@ def choose(
         best = dense
     if best is dense:
         # Grouped in summaries, so the reason names no number that differs by layer.
-        return Decision(
-            "dense", "predicted as fast as any format (pruning with --sparsity changes that)", None, tuple(found)
-        )
+        reason = "predicted as fast as any format (pruning with --sparsity changes that)"
+        if any(p.seconds - profile.overhead < (dense.seconds - profile.overhead) * (1 - TIE) for p in found):
+            reason = "what is faster per token would process prompts far slower"
+        return Decision("dense", reason, None, tuple(found))
     gain = f"{dense.seconds / best.seconds:.1f}x dense predicted" if best.seconds else ""
     return Decision(best.format, f"{1 - nnz / weight.numel():.0%} zeros: {gain}", best.pack, tuple(found))
 

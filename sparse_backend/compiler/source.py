@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import collections
+import difflib
 import importlib.util
 import math
+import re
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from safetensors import SafetensorError
 
 from ..errors import CheckpointError
+from ..options import Options, matches
 from . import bitnet, checkpoint, convert
 
 Progress = Callable[[int, int, str], None]
@@ -90,6 +93,34 @@ class Source:
         if self.bitnet is not None:
             return self.bitnet.last_result(name)
         return name
+
+
+def unfitting(info: checkpoint.Checkpoint, options: Options) -> list[str]:
+    """A warning for every pattern of `ignore` and `rules` that fits no module, with the module it comes nearest to."""
+    modules = info.module_names()
+    # Of other tensors too (norms, experts in one tensor), and the head that a model may share with its embedding:
+    # naming those changes nothing, and is no slip.
+    owners = {n.rpartition(".")[0] for n in info.tensors} | info.tensors.keys()
+    names = {*modules, *owners, "lm_head"}
+    patterns = [("ignore", p) for p in options.ignore] + [("rules", r["match"]) for r in options.rules]
+    warnings = []
+    for key, pattern in patterns:
+        if not any(matches(pattern, name) for name in names):
+            near = _nearest(pattern, modules)
+            hint = f"; the nearest is {near}" if near else ""
+            warnings.append(f"option '{key}': no module fits {pattern!r}{hint}")
+    return list(dict.fromkeys(warnings))
+
+
+def _nearest(pattern: str, modules: list[str]) -> str | None:
+    """The module whose name, or else its last part, is nearly what a pattern says."""
+    whole = difflib.get_close_matches(pattern, modules, 1, 0.9)
+    if whole:
+        return whole[0]
+    by_part = {name.rpartition(".")[2]: name for name in reversed(modules)}
+    words = re.findall(r"\w+", pattern)
+    near = difflib.get_close_matches(words[-1], by_part, 1) if words else []
+    return by_part[near[0]] if near else None
 
 
 def why_unknown(config: dict[str, object]) -> str | None:

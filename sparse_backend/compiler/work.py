@@ -1,6 +1,7 @@
 """The folder a compile works in: locked, and good for going on after an interruption.
 
-`.OUT.incomplete` stands beside OUT and holds `lock`, `manifest.json`, finished shards, and `model/`, which becomes
+`.OUT.incomplete` stands beside OUT and holds `lock`, `manifest.json`, finished shards, perhaps the `profile.json` they
+were planned by, and `model/`, which becomes
 OUT by one rename. The manifest says what the work was made from (its key) and lists the shards that are whole; it is
 replaced by rename, after the shard is on disk. So whenever a run is killed, the next one finds either a shard and its
 record or neither, and OUT exists only when it is complete.
@@ -22,6 +23,9 @@ from isal import isal_zlib
 from ..errors import CheckpointError
 
 Say = Callable[[str], None]
+
+# The manifest, and the profile that formats were chosen by (resume.py).
+MANIFEST, PROFILE = "manifest.json", "profile.json"
 
 _CHUNK = 1 << 22
 
@@ -47,6 +51,19 @@ class Shard:
     changed: dict[str, int]
 
 
+def folder_of(target: Path) -> Path:
+    """Where OUT is worked on."""
+    return target.with_name(f".{target.name}.incomplete")
+
+
+def key_of(folder: Path) -> Any:
+    """The key of an interrupted run's work; None where none can be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text())["key"]
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
+
+
 class WorkFolder:
     """The folder, held by this process until `close`.
 
@@ -68,14 +85,14 @@ class WorkFolder:
             CheckpointError: another run is writing OUT, or has finished it.
         """
         self.target, self.key = target, json.loads(json.dumps(key))
-        self.folder = target.with_name(f".{target.name}.incomplete")
+        self.folder = folder_of(target)
         self.model = self.folder / "model"
         self.shards: list[Shard] = []
         self._lock = self._acquire()
         try:
             if target.exists():
                 raise CheckpointError(f"{target}: exists already; remove it or choose another name")
-            if (self.folder / "manifest.json").exists():
+            if (self.folder / MANIFEST).exists():
                 self._take_up(say)
             self._tidy()
             self._write_manifest()
@@ -104,7 +121,7 @@ class WorkFolder:
     def _take_up(self, say: Say) -> None:
         """Fill `shards` with those of an interrupted run that are whole and were made from the same."""
         try:
-            manifest = json.loads((self.folder / "manifest.json").read_text())
+            manifest = json.loads((self.folder / MANIFEST).read_text())
             key = manifest["key"]
             shards = [Shard(**shard) for shard in manifest["shards"]]
         except (ValueError, KeyError, TypeError, OSError):
@@ -132,8 +149,8 @@ class WorkFolder:
         return [self.path(number), *final, *([self.model / "model.safetensors"] if number == 1 else [])]
 
     def _tidy(self) -> None:
-        """Remove all that is not the lock or a shard that is whole; make an empty `model`."""
-        kept = {"lock", *(self.path(i).name for i in range(1, len(self.shards) + 1))}
+        """Remove all that is not the lock, a shard that is whole or its run's profile; make an empty `model`."""
+        kept = {"lock", PROFILE, *(self.path(i).name for i in range(1, len(self.shards) + 1))}
         for entry in self.folder.iterdir():
             if entry.name not in kept:
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -159,7 +176,7 @@ class WorkFolder:
         path = self.folder / "manifest.json.new"
         path.write_text(json.dumps(data))
         sync(path)
-        path.rename(self.folder / "manifest.json")
+        path.rename(self.folder / MANIFEST)
         sync(self.folder)
 
     def publish(self) -> None:

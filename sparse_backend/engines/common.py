@@ -15,11 +15,12 @@ from .. import __version__
 from ..compiler import checkpoint, convert
 from ..compiler.bitnet import METHOD as BITNET
 from ..compiler.bitnet import BitNet
-from ..errors import CheckpointError, OptionError, WeightError
+from ..errors import CheckpointError, OptionError, SparseBackendError, WeightError
 from ..formats.ternary import Ternary
 from ..formats.unstructured import LEVELS
+from ..kernels import registry
 from ..options import COMPILE_TIME_KEYS, QUANT_METHOD, Options
-from ..packed import PackedWeight
+from ..packed import MachineWeight, PackedWeight
 from ..report import Report
 from .handover import PackedTensor, Scratch
 from .layers import LayerKernel, NormedKernel
@@ -108,6 +109,7 @@ class ConfigAnswers:
         return []
 
 
+_NAMED = 3  # modules that a warning names, of those it is about
 _CHANGES = {
     "pruned": "{count} projections pruned as asked ('sparsity')",
     "rounded": "{count} projections rounded as asked ('format', 'values')",
@@ -141,6 +143,7 @@ class Loading:
         compiled: the HF modules that came compiled.
         heads: output heads converted as option `lm_head` asks.
         handed: layers that took compiled weights as they are stored, never dense.
+        refused: the modules that are dense as their device has no kernel for them, by that reason.
         scratch: for joining their parts.
     """
 
@@ -152,6 +155,7 @@ class Loading:
     compiled: frozenset[str] = frozenset()
     heads: int = 0
     handed: int = 0
+    refused: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     scratch: Scratch = dataclasses.field(default_factory=Scratch)
 
     def weights(
@@ -191,6 +195,43 @@ class Loading:
                     self.report.note(what)
             yield name, tensor
 
+    def kernel_device(self, tensor: torch.Tensor) -> torch.device:
+        """Whose kernels multiply by a weight that an engine put where it is."""
+        return tensor.device
+
+    def pack(
+        self, module: str, weight: torch.Tensor, options: Options, device: torch.device, parts: int = 1
+    ) -> tuple[PackedWeight | None, str]:
+        """As convert.pack_weight; also dense, and warned of at the end, is what no kernel of the device runs.
+
+        `parts`: how many of the checkpoint's projections it is.
+        """
+        reason = registry.missing(options.format, device.type) if options.format not in ("auto", "dense") else None
+        packed = None
+        if reason is None:
+            packed, why = convert.pack_weight(module, weight, options, device)
+            reason = None if packed is None else registry.refusal(packed, device.type)
+            if reason is None:
+                return packed, why
+        self.refuse(module, reason)
+        noted, changed = "pruned and rounded" if options.target_sparsity else "rounded", self.report.changed
+        if options.values in LEVELS and options.format != "ternary" and changed[noted] > 0:
+            # That values would be rounded was noted as the weight came, but they are only as it is packed.
+            changed[noted] -= parts
+            changed["pruned"] += parts if options.target_sparsity else 0
+        return None, reason
+
+    def refuse(self, module: str, reason: str) -> None:
+        """Remember that a module is dense as its device has no kernel for it."""
+        self.refused.setdefault(reason, []).append(module)
+
+    def lower(self, module: str, packed: PackedWeight, device: torch.device) -> MachineWeight:
+        """The machine form for a device. Raises what PackedWeight.lower does, naming the module."""
+        try:
+            return packed.lower(str(device))
+        except SparseBackendError as error:
+            raise type(error)(f"{module}: {error}") from None
+
     def convert(
         self,
         layer: torch.nn.Module,
@@ -225,7 +266,7 @@ class Loading:
         if norms:
             return self._convert_parts(layer, prefix, options, parts, norms)
         try:
-            packed, reason = convert.pack_weight(prefix, weight, options)
+            packed, reason = self.pack(prefix, weight, options, self.kernel_device(weight), len(parts) or 1)
         except WeightError:
             _refuse_nan(prefix, weight)
             raise
@@ -241,7 +282,7 @@ class Loading:
     def install(self, layer: torch.nn.Module, prefix: str, packed: PackedWeight) -> LayerKernel:
         """Put the machine form of `packed` in place of a layer's `weight`, which nobody reads any more."""
         weight = cast(torch.Tensor, layer.weight)
-        machine = packed.lower(str(weight.device))
+        machine = self.lower(prefix, packed, self.kernel_device(weight))
         self.report.add_packed(prefix, packed.format, weight.nbytes, machine.nbytes)
         # Only ternary models are trained for activations that all ranks round alike.
         trained_int8 = packed.format == "ternary" and packed.attributes["activations"] == "int8"
@@ -260,10 +301,10 @@ class Loading:
         return Ternary().rescale(packed, scales[:1].clone() if (scales == scales[0]).all() else scales)
 
     def convert_head(self, layer: torch.nn.Module, prefix: str, format: str) -> LayerKernel | None:
-        """Pack the output head as option `lm_head` asks."""
+        """Pack the output head as option `lm_head` asks; None if it stays dense, for want of a kernel."""
         kernel = self.convert(layer, prefix, Options(format=format), "")
         self.heads += 1
-        self.report.note("head")
+        self.report.note("head" if kernel is not None else None)
         return kernel
 
     def _norms(self, prefix: str, parts: Sequence[tuple[str, int]], dtype: torch.dtype) -> list[torch.Tensor]:
@@ -290,12 +331,12 @@ class Loading:
                 f"{prefix}: its norm is over {norms[0].shape[0]} inputs, this rank has {weight.shape[1]} of them; "
                 "serve checkpoints with use_rms_norm without tensor parallelism"
             )
-        machines = []
+        machines, device = [], self.kernel_device(weight)
         for part, (name, count) in zip(torch.split(weight, [count for _, count in parts]), parts, strict=True):
-            packed, reason = convert.pack_weight(name, part.contiguous(), options)
+            packed, reason = self.pack(name, part.contiguous(), options, device)
             if packed is None:
                 raise WeightError(f"{name}: cannot stay dense behind its own norm ({reason})")
-            machines.append(self._exact(packed, [(name, count)]).lower(str(weight.device)))
+            machines.append(self.lower(name, self._exact(packed, [(name, count)]), device))
         self.report.add_packed(prefix, machines[0].format, weight.nbytes, sum(m.nbytes for m in machines))
         eps = cast(BitNet, self.bitnet).rms_norm_eps
         return NormedKernel(layer, machines, norms, cast(float, eps))
@@ -305,8 +346,8 @@ class Loading:
         layout = "|".join(f"{line.module}={line.format}" for line in self.report.lines)
         return hashlib.sha256(f"{__version__}|{layout}".encode()).hexdigest()
 
-    def finish(self, options: Options, log: Callable[[str], Any]) -> None:
-        """Log the summary and give freed memory back to the system.
+    def finish(self, options: Options, log: Callable[[str], Any], warn: Callable[[str], Any]) -> None:
+        """Log the summary, warn of what has no kernel, and give freed memory back to the system.
 
         Raises:
             OptionError: the model has no projection this plugin could convert.
@@ -322,7 +363,7 @@ class Loading:
             )
         if self.bitnet is not None and self.bitnet.norms:
             raise CheckpointError(f"no layer of the engine took the norm of {next(iter(self.bitnet.norms))}")
-        for what, count in self.report.changed.items():
+        for what, count in (+self.report.changed).items():
             log(_CHANGES[what].format(count=count) + ": not the checkpoint's function any more")
         if self.bitnet is not None:
             kept = "bf16 activations as asked" if options.activations == "keep" else "int8 activations per token"
@@ -331,6 +372,9 @@ class Loading:
             log("values converted as asked ('values'): rounding may change the checkpoint's function")
         for line in self.report.summary():
             log(line)
+        for reason, modules in self.refused.items():
+            more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+            warn(f"dense, not as asked: {', '.join(modules[:_NAMED])}{more}: {reason}")
         if self.compiled:
             log(f"{self.handed} layers took their compiled weights as stored, the others by way of dense ones")
         if not self.report.packed_count:

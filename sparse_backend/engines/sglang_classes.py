@@ -7,6 +7,7 @@ model's weights are loaded, one at a time.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -138,7 +139,11 @@ def _absmax_of_all_ranks(layer: RowParallelLinear, x: torch.Tensor) -> torch.Ten
 
 
 class SparseCompiledHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc]
-    """The output head under option `lm_head`; as an embedding, where it is tied, it stays what it was."""
+    """The output head under option `lm_head`; as an embedding, where it is tied, it stays what it was.
+
+    Attributes:
+        kernel: None where it stays dense, which is SGLang's own method's business.
+    """
 
     def __init__(self, loading: common.Loading, head: torch.nn.Module, format: str, tied: bool) -> None:
         super().__init__()
@@ -146,13 +151,13 @@ class SparseCompiledHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc
         self.packed = torch.nn.Module()
         self.packed.weight = torch.nn.Parameter(cast(torch.Tensor, head.weight).data, requires_grad=False)
         self.kernel = loading.convert_head(self.packed, "lm_head", format)
-        if not tied:
+        if self.kernel is not None and not tied:
             head.weight = torch.nn.Parameter(cast(torch.Tensor, head.weight).data[:0].clone(), requires_grad=False)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Logits [..., vocabulary of this rank]."""
         if self.kernel is None:
-            raise RuntimeError("lm_head: left dense although it was asked for")
+            raise RuntimeError("lm_head: dense, and run by the method of packed ones")
         return self.kernel(self.packed, x, bias)
 
 
@@ -165,8 +170,10 @@ def _convert_head(model: torch.nn.Module, config: SparseCompiledConfig) -> None:
         raise OptionError(f"option 'lm_head': {type(model).__name__} has no output head; drop the option")
     embeddings = [m for m in model.modules() if isinstance(m, VocabParallelEmbedding) and m is not head]
     tied = not isinstance(head, ParallelLMHead) or any(m.weight is head.weight for m in embeddings)
-    setattr(head, *_NO_UPDATES)
-    head.quant_method = SparseCompiledHeadMethod(config.loading, head, config.options.lm_head, tied)
+    method = SparseCompiledHeadMethod(config.loading, head, config.options.lm_head, tied)
+    if method.kernel is not None:
+        setattr(head, *_NO_UPDATES)
+        head.quant_method = method
 
 
 def _config_of(model: torch.nn.Module) -> SparseCompiledConfig | None:
@@ -219,7 +226,8 @@ def _load_model(original: Callable[..., torch.nn.Module], *args: Any, **kwargs: 
     config = _config_of(model)
     if config is not None:
         _convert_head(model, config)
-        config.loading.finish(config.options, lambda line: logger.info("%s: %s", QUANT_METHOD, line))
+        log, warn = (functools.partial(say, "%s: %s", QUANT_METHOD) for say in (logger.info, logger.warning))
+        config.loading.finish(config.options, log, warn)
     return model
 
 

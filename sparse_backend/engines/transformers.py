@@ -147,7 +147,7 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
             if not isinstance(module, SparseLinear):
                 for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
                     tensor.data = tensor.data.clone()
-        self.loading.finish(self.options, logger.info)
+        self.loading.finish(self.options, logger.info, logger.warning)
         return model
 
     def _settle(self, model: torch.nn.Module, path: str, name: str) -> None:
@@ -155,7 +155,7 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         module, entry = model.get_submodule(path), self.info.modules[name]
         placed = dict(module.get_submodule(entry.format).named_buffers())
         delattr(module, entry.format)
-        device = self.kernel_device(next(iter(placed.values())))
+        device = self.loading.kernel_device(next(iter(placed.values())))
         packed = checkpoint.assemble(name, entry, {key: tensor.cpu() for key, tensor in placed.items()})
         options = self.options.for_module(name)
         if options is not None:
@@ -167,21 +167,21 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
             elif options.format not in ("auto", packed.format):  # a load-time key: config.json names another now
                 self._pack(model, path, name, packed.unpack(), options, device)
             elif (refusal := registry.refusal(packed, device.type)) is not None:
+                self.loading.refuse(name, refusal)
                 self._keep_dense(module, name, packed.unpack(), refusal, device)
             else:
-                self._replace(model, path, packed, device)
+                self._replace(model, path, name, packed, device)
         except WeightError as error:
-            text = f"{entry.file}: module {name} is damaged ({error}); {checkpoint.RECOMPILE}"
+            what = str(error).removeprefix(f"{name}: ")
+            text = f"{entry.file}: module {name} is damaged ({what}); {checkpoint.RECOMPILE}"
             raise CheckpointError(text) from None
 
-    def kernel_device(self, tensor: torch.Tensor) -> torch.device:
-        """Whose kernels multiply by the weight that transformers put there."""
-        return tensor.device
-
-    def _replace(self, model: torch.nn.Module, path: str, packed: PackedWeight, device: torch.device) -> None:
+    def _replace(
+        self, model: torch.nn.Module, path: str, name: str, packed: PackedWeight, device: torch.device
+    ) -> None:
         linear = model.get_submodule(path)
         assert isinstance(linear, torch.nn.Linear)
-        machine = packed.lower(str(device))
+        machine = self.loading.lower(name, packed, device)
         dense_bytes = packed.shape[0] * packed.shape[1] * self.dtype.itemsize
         self.loading.report.add_packed(path, packed.format, dense_bytes, machine.nbytes)
         layer = SparseLinear(machine, linear.bias)
@@ -192,11 +192,11 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         self, model: Any, path: str, name: str, weight: torch.Tensor, options: Options, device: torch.device
     ) -> None:
         """Pack a dense weight as the options say."""
-        packed, reason = convert.pack_weight(name, weight, options, device)
+        packed, reason = self.loading.pack(name, weight, options, device)
         if packed is None:
             self._keep_dense(model.get_submodule(path), name, weight, reason, device)
         else:
-            self._replace(model, path, packed, device)
+            self._replace(model, path, name, packed, device)
 
     def _keep_dense(
         self, module: torch.nn.Module, name: str, weight: torch.Tensor, reason: str, device: torch.device
@@ -217,13 +217,13 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
             return
         path = next(path for path, module in model.named_modules() if module is head)
         weight = head.weight.detach()
-        device = self.kernel_device(weight)
+        device = self.loading.kernel_device(weight)
         self.loading.heads += 1
-        reason = registry.missing(self.options.lm_head, device.type)
-        if reason is not None:
+        packed, reason = self.loading.pack(path, weight, Options(format=self.options.lm_head), device)
+        if packed is None:  # not as _keep_dense does: it may be the embedding's
             self.loading.report.add_dense(path, weight.nbytes, reason)
             return
-        self._pack(model, path, path, weight, Options(format=self.options.lm_head), device)
+        self._replace(model, path, path, packed, device)
         self.loading.report.note("head")
         model.all_tied_weights_keys.pop(f"{path}.weight", None)
 
@@ -243,7 +243,7 @@ class SparseCompiledQuantizer(HfQuantizer):  # type: ignore[misc]
         """Change, pack and replace one weight of a plain checkpoint."""
         name = self.names.get(path, path)
         options = self.options.for_module(name)
-        device = self.kernel_device(weight)
+        device = self.loading.kernel_device(weight)
         try:
             if options is None:
                 return self._keep_dense(model.get_submodule(path), name, weight, convert.IGNORED, device)

@@ -144,7 +144,8 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
             weight = cast(torch.Tensor, layer.weight)
             tensors = [tensor for tensor, _ in handed]
             empty = self.loading.scratch.empty
-            packed = handover.join(tensors, parts, weight.shape[1], weight.dtype, self.options, empty, weight.device)
+            device = self.loading.kernel_device(weight)
+            packed = handover.join(tensors, parts, weight.shape[1], weight.dtype, self.options, empty, device)
         if packed is not None:
             self.kernel = self.loading.install(layer, self.prefix, packed)
             self.loading.scratch.reset()
@@ -176,16 +177,24 @@ class SparseCompiledHeadMethod(UnquantizedEmbeddingMethod):  # type: ignore[misc
         self.loading = config.loading
         self.prefix = prefix
         self.format = config.options.lm_head
+        self.done = False
         self.kernel: layers.LayerKernel | None = None
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        if self.done:
+            return
+        self.done = True
+        self.kernel = self.loading.convert_head(layer, self.prefix, self.format)
         if self.kernel is None:
-            self.kernel = self.loading.convert_head(layer, self.prefix, self.format)
+            super().process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-        if self.kernel is None:
+        if not self.done:
             raise RuntimeError(f"{self.prefix}: used before its weights were processed")
-        return self.kernel(layer, x, bias)
+        if self.kernel is not None:
+            return self.kernel(layer, x, bias)
+        y: torch.Tensor = super().apply(layer, x, bias)
+        return y
 
 
 class SparseCompiledModelLoader(DefaultModelLoader):  # type: ignore[misc]
@@ -221,7 +230,8 @@ class SparseCompiledModelLoader(DefaultModelLoader):  # type: ignore[misc]
         model: torch.nn.Module = super().load_model(vllm_config, model_config, prefix)
         config = _config_of(model)
         if config is not None:
-            config.loading.finish(config.options, lambda line: logger.info("%s: %s", QUANT_METHOD, line))
+            log, warn = (functools.partial(say, "%s: %s", QUANT_METHOD) for say in (logger.info, logger.warning))
+            config.loading.finish(config.options, log, warn)
             # vLLM does not hash a quantisation config. Whether a layer is dense or packed
             # changes the graph, and depends on the weights: hash that, or a stale graph is loaded.
             if isinstance(vllm_config.additional_config, dict):

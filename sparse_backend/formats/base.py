@@ -73,8 +73,10 @@ class Format(abc.ABC):
     def pack(self, weight: torch.Tensor, options: Options) -> PackedWeight:
         """Pack [N, K]; WeightError for NaN, Inf or a dtype not in `dtypes`."""
 
-    def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        """Nonzeros of a weight whose tensors have these shapes; None if shapes do not tell."""
+    def nnz(
+        self, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, Any]
+    ) -> int | None:
+        """Weights of [N, K] that are stored, as its tensors' shapes and its attributes tell; None if they do not."""
         return None
 
     def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:

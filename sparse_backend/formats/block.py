@@ -58,10 +58,13 @@ class Block(Format):
         if not asked and (nnz > 0.95 * weight.numel() or not _has_zero_blocks(weight)):
             return []
         stored = int(_occupied(weight).sum()) * SIZE * SIZE
-        mask = -(-n // SIZE) * -(-k // (8 * SIZE))
+        rest = -(-n // SIZE) * -(-k // (8 * SIZE))
+        if options.values in LEVELS:
+            group = _group_size(options)
+            rest += 4 * n * (-(-k // group) if group else 1)
         return [
             Candidate(
-                mask + stored * BITS[kind] // 8, partial(self.pack, weight, dataclasses.replace(options, values=kind)),
+                rest + stored * BITS[kind] // 8, partial(self.pack, weight, dataclasses.replace(options, values=kind)),
                 kind, stored,
             )
             for kind in value_kinds(weight, options)
@@ -72,7 +75,7 @@ class Block(Format):
         check_columns(self.name, weight.shape[1])
         shape = (weight.shape[0], weight.shape[1])
         if options.values in LEVELS:
-            group_size = DEFAULT_GROUP[options.values] if options.group_size is None else options.group_size
+            group_size = _group_size(options)
             codes, scales = quantise_groups(weight, LEVELS[options.values], group_size)
             # Stored blocks are those of the weight: all codes of one may be zero.
             occupied = _occupied(weight)
@@ -90,8 +93,12 @@ class Block(Format):
         tensors = {"blocks": join_bits(occupied), "values": _take(weight, occupied)}
         return PackedWeight(self.name, shape, weight.dtype, tensors, attributes)
 
-    def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        return None if "scales" in shapes else shapes["values"][0] * SIZE * SIZE
+    def nnz(
+        self, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, Any]
+    ) -> int | None:
+        # Which blocks reach past N and K no header tells: all count alike.
+        blocks = -(-shape[0] // SIZE) * -(-shape[1] // SIZE)
+        return round(shapes["values"][0] / blocks * shape[0] * shape[1]) if blocks else 0
 
     def round(self, weight: torch.Tensor, options: Options) -> torch.Tensor:
         return weight if options.values not in LEVELS else self.pack(weight, options).unpack()
@@ -185,6 +192,10 @@ class Block(Format):
             ):
                 raise WeightError(f"block: attributes {packed.attributes} are not those of this format")
             check_scales(self.name, packed.tensors["scales"], (n, -(-k // group_size) if group_size else 1))
+
+
+def _group_size(options: Options) -> int:
+    return DEFAULT_GROUP[options.values or ""] if options.group_size is None else options.group_size
 
 
 def _blocks(weight: torch.Tensor) -> torch.Tensor:

@@ -84,8 +84,12 @@ class Unstructured(Format):
             found.append(Candidate(nbytes, partial(self.pack, weight, chosen), kind, nnz))
         return found
 
-    def nnz(self, shapes: Mapping[str, tuple[int, ...]]) -> int | None:
-        return None if "scales" in shapes else shapes["values"][0]
+    def nnz(
+        self, shape: tuple[int, int], shapes: Mapping[str, tuple[int, ...]], attributes: Mapping[str, Any]
+    ) -> int | None:
+        stored = shapes["values"][0]
+        # Of int4 the last byte may hold one value or two.
+        return min(2 * stored, shape[0] * shape[1]) if attributes.get("values") == "int4" else stored
 
     def _group_size(self, options: Options) -> int:
         size = DEFAULT_GROUP[options.values or ""] if options.group_size is None else options.group_size

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import re
 import shutil
 import sys
 
 import pytest
 import torch
 from conftest import ROOT, sparse_weight
+from rich import box
+from rich.console import Console
+from rich.table import Table
 from safetensors.torch import load_file, save_file
 from test_cli import cli
 
 from sparse_backend import CheckpointError, OptionError
 from sparse_backend.commands import base
+from sparse_backend.commands.base import print_table
 from sparse_backend.compiler import analysis_json, analysis_page, analysis_text, calibrate, weight_stats
 from sparse_backend.compiler.analyze import analyze, kind_of
 from sparse_backend.compiler.cost import KERNELS, KernelCost, Profile
@@ -324,6 +330,23 @@ def test_command_prints_and_writes(model, profile, tmp_path):
     assert "Predicted: every projection once, on a test's machine" in result.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "profile.json", "report.json"]
     assert "sparse-backend analyze ./llama --html report.html" in cli("analyze", "--help").stdout
+
+
+@pytest.mark.parametrize(("width", "terminal"), [(30, False), (30, True), (70, True), (80, True), (200, True)])
+def test_no_digit_of_a_table_is_cut_off(width, terminal):
+    header = ("projection", "matrices", "exponent bits", "kept, 50%", "<0.01")
+    row = ("linear_attn.in_proj_qkvz", "64", "2.61 of 8", "25,600,000,000", "63.4%")
+    table = Table(*header, box=box.SIMPLE_HEAD, show_edge=False)
+    table.add_row(*row)
+    file = io.StringIO()
+    print_table(table, Console(file=file, width=width, force_terminal=terminal, color_system=None))
+    text = re.sub(r"\x1b\[\d*m", "", file.getvalue())
+    for cell in row[1:]:
+        assert cell in text
+    assert (" ".join(row) in " ".join(text.split())) == (not terminal or width >= 80)
+    assert "…" not in text
+    if width >= 70:
+        assert max(map(len, text.splitlines())) <= width
 
 
 def test_damaged_weights_and_unknown_architectures_are_warned_of(tmp_path):

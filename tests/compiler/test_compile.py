@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
@@ -19,8 +20,9 @@ from typer.testing import CliRunner
 
 from sparse_backend import CheckpointError, OptionError, Options, WeightError
 from sparse_backend.cli import app
-from sparse_backend.compiler import checkpoint, inspection, recipe
+from sparse_backend.compiler import calibrate, checkpoint, inspection, recipe, writer
 from sparse_backend.compiler.compile import compile_checkpoint, plan_checkpoint
+from sparse_backend.compiler.cost import Profile
 from sparse_backend.compiler.source import Source, why_unknown
 from sparse_backend.compiler.verify import verify_checkpoint
 
@@ -480,3 +482,197 @@ def test_the_stream_opens_shards_anew_and_reads_everything(model, monkeypatch):
     assert streamed.keys() == tensors.keys()
     assert all(torch.equal(streamed[n], t) for n, t in tensors.items())
     assert source.done_bytes == sum(t.nbytes for t in tensors.values())
+
+
+def plain_model(folder, weight, config=CONFIG):
+    """One source shard, its one projection `weight`."""
+    folder.mkdir(parents=True)
+    save_file({"model.layers.0.mlp.down_proj.weight": weight}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+ALL_FP16 = Options(format="bitmask", rules=({"match": "*", "values": "fp16"},))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "what"),
+    [
+        (torch.bfloat16, Options(values="fp16", format="bitmask"), "rounded to fp16"),
+        (torch.bfloat16, ALL_FP16, "rounded to fp16"),
+        (torch.float32, Options(values="bf16", format="bitmask"), "rounded to bf16"),
+        (torch.float32, Options(values="bf16x12", format="bitmask", sparsity=0.5), "pruned and rounded to bf16"),
+        (torch.bfloat16, Options(values="bf16", format="bitmask"), None),
+        (torch.bfloat16, Options(sparsity=0.5, format="int8"), "pruned and rounded"),
+        (torch.bfloat16, Options(sparsity=0.5, format="int4"), "pruned and rounded"),
+        (torch.bfloat16, Options(sparsity=0.5, format="ternary"), "pruned and rounded"),
+        (torch.bfloat16, Options(sparsity=0.01, values="int8"), "pruned and rounded"),
+    ],
+)  # fmt: skip
+def test_the_card_and_the_report_say_everything_that_was_rounded(tmp_path, dtype, options, what):
+    source = plain_model(tmp_path / "m", sparse_weight(64, 256, 0.0, dtype) * 1e-3)
+    report = compile_checkpoint(source, tmp_path / "out", options, verify=True)
+    assert report.changed == ({what: 1} if what else {})
+    matter, body = front_matter(tmp_path / "out")
+    assert ("No weight was changed" in body) == (what is None)
+    if what:
+        assert f"1 projections were {what}." in body
+        assert [tag for tag in matter["tags"] if tag in ("pruned", "rounded")] == [w for w in what.split() if "ed" in w]
+        assert ("method magnitude, pattern unstructured" in body) == ("pruned" in what)
+
+
+def test_values_that_lose_nothing_are_no_rounding(tmp_path):
+    weight = sparse_weight(64, 256, 0.5).float()  # bfloat16's numbers
+    source = plain_model(tmp_path / "m", weight)
+    assert not compile_checkpoint(source, tmp_path / "out", Options(values="bf16", format="bitmask")).changed
+
+
+def test_the_command_says_what_values_round(tmp_path):
+    source = plain_model(tmp_path / "m", sparse_weight(64, 256, 0.0) * 1e-3)
+    text = cli("compile", source, tmp_path / "out", "--values", "fp16", "--format", "bitmask").output
+    assert "1 projections rounded to fp16: this model differs from the original" in text
+
+
+def test_activations_that_the_source_did_not_round_are_a_difference(tmp_path):
+    ternary = (torch.randint(-1, 2, (64, 256)) * 0.5).bfloat16()
+    source, options = plain_model(tmp_path / "m", ternary), Options(activations="int8", format="ternary")
+    assert compile_checkpoint(source, tmp_path / "out", options).changed == {"given int8 activations": 1}
+    assert "1 projections were given int8 activations." in front_matter(tmp_path / "out")[1]
+    assert "No weight was changed" not in front_matter(tmp_path / "out")[1]
+    # As trained, and kept, are no difference.
+    assert not compile_checkpoint(TERNARY, tmp_path / "bitnet", Options()).changed
+    assert not compile_checkpoint(source, tmp_path / "keep", Options(format="ternary")).changed
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (Options(sparsity=0.5, ignore=("*",)), "'ignore' and 'rules' leave no projection"),
+        (Options(sparsity=0.5, rules=({"match": "*", "format": "dense"},)), "'ignore' and 'rules' leave no projection"),
+        (Options(format="dense"), "format dense packs nothing"),
+        (Options(sparsity=0.001), "pass a higher --sparsity"),
+        (Options(), "pass --sparsity to prune"),
+    ],
+)
+def test_advice_where_nothing_is_packed_is_not_what_was_done(tmp_path, options, message):
+    source = plain_model(tmp_path / "m", sparse_weight(16, 16, 0.0, torch.float32))
+    with pytest.raises(OptionError, match=f"nothing to pack .*{message}"):
+        plan_checkpoint(source, options)
+
+
+def test_patterns_that_fit_no_module_are_said_once(model, tmp_path):
+    said = []
+    rules = ({"match": "model.layers.0.mlp.up_prj", "sparsity": 0.5}, {"match": "xyz", "sparsity": 0.5})
+    fitting = ("*.q_proj", "lm_head", "model.norm", "re:.*embed.*")
+    options = Options(ignore=("*.down_prj", *fitting), rules=rules, format="bitmask")
+    compile_checkpoint(model, tmp_path / "out", options, say=said.append)
+    assert said == [
+        "option 'ignore': no module fits '*.down_prj'; the nearest is model.layers.0.mlp.down_proj",
+        "option 'rules': no module fits 'model.layers.0.mlp.up_prj'; the nearest is model.layers.0.mlp.up_proj",
+        "option 'rules': no module fits 'xyz'",
+    ]
+
+
+def test_a_run_goes_on_by_the_profile_it_began_with(model, tmp_path, monkeypatch):
+    """A machine too busy for its profile to be kept: every process measures another one."""
+    recorded = Profile.load(ROOT / "tests" / "profile.json")
+    measured = []
+
+    def measure(progress=None):
+        # Dense products get faster and faster: what was packed in the first run would stay dense in the next.
+        measured.append(1)
+        dense = recorded.kernels["dense/bf16"]
+        faster = tuple(tuple(t / 1000 ** (len(measured) - 1) for t in row) for row in dense.compute)
+        kernels = {**recorded.kernels, "dense/bf16": dataclasses.replace(dense, compute=faster)}
+        return dataclasses.replace(recorded, kernels=kernels, threads=torch.get_num_threads() + 1)
+
+    monkeypatch.delenv("SPARSE_BACKEND_PROFILE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(calibrate, "calibrate", measure)
+    monkeypatch.setattr(calibrate, "_profiles", {})
+    expected, _ = compiled(model, tmp_path / "out")
+    calibrate._profiles.clear()
+    measured.clear()
+    interrupt(model, tmp_path / "out", after=10)
+    calibrate._profiles.clear()  # another process
+    said = []
+    assert compiled(model, tmp_path / "out", say=said.append)[0] == expected
+    assert [s for s in said if "taking up an interrupted run" in s] == said
+    assert len(measured) == 1
+    assert not calibrate._profiles
+    # Other options are another run: it plans by what it measures.
+    interrupt(model, tmp_path / "out", after=10)
+    calibrate._profiles.clear()
+    said.clear()
+    compile_checkpoint(model, tmp_path / "out", Options(batch=2, sparsity=0.9), say=said.append, max_shard_bytes=SHARD)
+    assert "options, machine differ" in said[0]
+    assert len(measured) == 3
+
+
+@pytest.mark.parametrize(
+    ("flags", "after", "message"),
+    [
+        (("--dry-run",), 3, "a dry run writes nothing"),
+        ((), 0, "before the first shard was whole; nothing is kept"),
+        ((), 12, "shards that are whole are kept"),
+    ],
+)
+def test_interrupting_says_what_is_kept(model, tmp_path, monkeypatch, flags, after, message):
+    done = writer.Writer.done
+    left = [after]
+
+    def interrupted(self, result):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        self.max_shard_bytes = SHARD
+        done(self, result)
+
+    monkeypatch.setattr(writer.Writer, "done", interrupted)
+    result = cli("compile", model, tmp_path / "out", *flags)
+    assert result.exit_code == 130
+    assert message in result.output
+    assert (tmp_path / ".out.incomplete").exists() == (after == 12)
+
+
+def test_inspect_tells_what_is_stored_of_integers_and_odd_shapes(model, tmp_path):
+    for values in ("int8", "int4"):
+        options = Options(values=values, format="bitmask")
+        compile_checkpoint(model, tmp_path / values, options)
+        rows = inspection.inspect(tmp_path / values).rows
+        weights = [checkpoint_weight(model, row.name.partition(" ")[0]) for row in rows]
+        for row, weight in zip(rows, weights, strict=True):
+            assert 0 <= row.nnz - int(torch.count_nonzero(weight)) <= (values == "int4")
+    for number, zero_blocks in enumerate((0, 1)):
+        weight = torch.ones(20, 20).bfloat16()
+        weight[:16, :16] *= 1 - zero_blocks
+        for values in (None, "int8", "int4"):
+            out = tmp_path / f"{number}{values}"
+            source = plain_model(tmp_path / f"m{number}{values}", weight)
+            compile_checkpoint(source, out, Options(format="block", values=values))
+            assert inspection.inspect(out).rows[0].density == 1 - zero_blocks / 4
+
+
+def test_inspect_takes_float32_sources_as_such(tmp_path):
+    for number, (config, options) in enumerate((
+        ({}, Options(format="int8")),
+        ({"dtype": "float32"}, Options(format="bitmask", values="bf16")),
+        ({"torch_dtype": "float32"}, Options(format="ternary")),
+    )):  # fmt: skip
+        source = plain_model(tmp_path / f"m{number}", sparse_weight(32, 64, 0.5, torch.float32), {**CONFIG, **config})
+        report = compile_checkpoint(source, tmp_path / f"o{number}", options)
+        assert inspection.inspect(tmp_path / f"o{number}").rows[0].dense_bytes == report.dense_bytes == 4 * 32 * 64
+    compile_checkpoint(TERNARY, tmp_path / "ternary", Options())
+    assert {row.dense_bytes for row in inspection.inspect(tmp_path / "ternary").rows} <= {
+        2 * row.weights for row in inspection.inspect(tmp_path / "ternary").rows
+    }
+
+
+def checkpoint_weight(folder, module):
+    return next(t for n, t in Source(checkpoint.read(folder)).weights() if n == f"{module}.weight")
+
+
+def test_verifying_a_plain_checkpoint_says_that_it_has_no_checksums(model):
+    text = cli("inspect", model, "--verify").output
+    assert "no checksums to check" in text
+    assert "all checksums match" not in text

@@ -166,12 +166,21 @@ def test_what_is_wrong_with_the_input_is_said(model, tmp_path):
         assert not out.exists()
     with pytest.raises(WeightError, match=r"a.up_proj: .*NaN"):
         compile_checkpoint(tmp_path / "nan", out, Options(sparsity=0.5))
-    with pytest.raises(OptionError, match=r"nothing to pack .*--sparsity"):
+    with pytest.raises(OptionError, match=r"nothing to pack .*leave no projection"):
         compile_checkpoint(model, out, Options(ignore=("*",)))
     out.mkdir()
     with pytest.raises(CheckpointError, match="exists already"):
         compile_checkpoint(model, out, Options(sparsity=0.5))
     assert not list(tmp_path.glob(".out.incomplete*"))
+
+
+def test_shards_that_the_others_count_must_be_there(model, tmp_path):
+    (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
+    with pytest.raises(CheckpointError, match=r"model-00002-of-00002.safetensors: is not there; a shard is missing"):
+        compile_checkpoint(model, tmp_path / "out", Options(sparsity=0.5))
+    assert not (tmp_path / "out").exists()
+    save_file({"other": torch.ones(1)}, model / "model-00002-of-00002.safetensors")
+    assert "other" in checkpoint.read(model).tensors
 
 
 def test_only_the_files_of_the_index_count(model, tmp_path):

@@ -9,6 +9,7 @@ import types
 import pytest
 import torch
 from conftest import ROOT, blocks_of_zeros, sparse_weight
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import sparse_backend as sb
@@ -16,6 +17,7 @@ from sparse_backend.cli import app
 from sparse_backend.compiler import calibrate, cost, gpu_cost, plan, planning, prune
 from sparse_backend.compiler.cost import KernelCost, Profile
 from sparse_backend.compiler.gpu_cost import GpuProfile
+from sparse_backend.formats import get_format
 from sparse_backend.kernels import registry
 
 BATCHES = (1, 8, 64)
@@ -83,6 +85,15 @@ def test_sizes_are_those_of_the_formats(format, values, density):
     assert machine_form == pytest.approx(packed.lower().nbytes, rel=0.12)
 
 
+@pytest.mark.parametrize("group_size", [None, 64])
+@pytest.mark.parametrize("values", ["int8", "int4"])
+def test_what_a_block_candidate_takes_is_what_packing_gives(values, group_size):
+    weight = blocks_of_zeros(64, 256, 0.5)
+    options = sb.Options(format="block", values=values, group_size=group_size)
+    (found,) = get_format("block").candidates(weight, int(torch.count_nonzero(weight)), options)
+    assert found.nbytes == found.pack().nbytes
+
+
 def test_the_fastest_is_taken_and_the_smaller_of_equals():
     weight = sparse_weight(64, 512, 0.6)
     assert plan.choose(weight, sb.Options(), machine(bitmask__bf16=1e-11, sell__bf16=2e-9)).format == "bitmask"
@@ -109,7 +120,9 @@ def test_a_format_far_slower_than_dense_in_prefill_is_not_taken():
     kernels = {"dense/bf16": dense, "bf16x12/bf16x12": kernel}
     profile = Profile("m", "none", 1, 1e10, 0.0, BATCHES, kernels)
     weight = torch.randn(64, 512).bfloat16()
-    assert plan.choose(weight, sb.Options(), profile).format == "dense"
+    decision = plan.choose(weight, sb.Options(), profile)
+    assert decision.format == "dense"
+    assert "prompts" in decision.reason
     faster = Profile("m", "none", 1, 1e10, 0.0, BATCHES, {
         **kernels, "bf16x12/bf16x12": kernel_of((2e-11, 1e-9, 160e-10))})  # fmt: skip
     assert plan.choose(weight, sb.Options(), faster).format == "bf16x12"
@@ -211,6 +224,21 @@ def test_the_command_shows_choice_prediction_and_runner_up(python_lm, python_lm_
     ):
         result = CliRunner().invoke(app, arguments)
         assert (result.exit_code, message in result.output) == (2, True), result.output
+
+
+def test_a_float32_checkpoint_is_planned_dense(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}))
+    name = "model.layers.0.mlp.up_proj.weight"
+    save_file({name: sparse_weight(64, 128, 0.5, torch.float32)}, tmp_path / "model.safetensors")
+    (planned,) = planning.plan_weights(tmp_path, sb.Options(), machine(bitmask__bf16=1e-12))
+    assert planned.chosen.format == "dense"
+    assert "float32" in planned.reason
+
+
+def test_bits_of_a_flag_name_the_kernels(tmp_path):
+    weight = torch.randint(-1, 2, (64, 128)).bfloat16()
+    profile = machine(ternary__2=1e-15)
+    assert plan.choose(weight, sb.Options(bits=2.0), profile).format == "ternary"
 
 
 def test_planning_holds_no_weights(python_lm):

@@ -157,6 +157,18 @@ for limit in LIMITS:
     field = fields[limit.argument]
     default = field.default if field.default_factory is msgspec.NODEFAULT else field.default_factory()
     assert default in limit.allowed, (limit, default)
+
+# Where the device has no kernel for it, the output head stays SGLang's.
+from sparse_backend.engines import common, sglang_classes
+common.Loading.kernel_device = lambda self, tensor: torch.device("cuda")
+model, config = torch.nn.Module(), sglang_classes.SparseCompiledConfig(sb.Options(lm_head="int8"))
+head = sglang_classes.ParallelLMHead.__new__(sglang_classes.ParallelLMHead)
+torch.nn.Module.__init__(head)
+head.weight, head.quant_method = torch.nn.Parameter(weight), "SGLang's"
+model.lm_head = head
+sglang_classes._convert_head(model, config)
+assert config.loading.refused == {"no cuda kernel for int8": ["lm_head"]}
+assert head.quant_method == "SGLang's" and torch.equal(head.weight, weight)
 print("all checks passed")
 """
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
+from conftest import ROOT
 from random_models import llama_config, save_llama
 from safetensors.torch import load_file, save_file
 from vllm_runner import run
@@ -238,6 +242,30 @@ def test_what_is_wrong_is_said_before_anything_is_served(python_lm, python_lm_50
     results = run([{**case, "may_fail": True} for case, _ in cases])
     for result, (_, message) in zip(results, cases, strict=True):
         assert message in result.get("error", "no error"), (message, result.get("error"))
+
+
+HEAD = """
+import torch
+from sparse_backend import Options
+from sparse_backend.engines import common, vllm_classes
+common.Loading.kernel_device = lambda self, tensor: torch.device("cuda")
+config = vllm_classes.SparseCompiledConfig(Options(lm_head="int8"))
+method, layer = vllm_classes.SparseCompiledHeadMethod(config, "lm_head"), torch.nn.Module()
+x, weight = torch.randn(2, 32).bfloat16(), torch.randn(64, 32).bfloat16()
+layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+for _ in range(2):  # vLLM may ask twice
+    method.process_weights_after_loading(layer)
+assert config.loading.refused == {"no cuda kernel for int8": ["lm_head"]}
+assert torch.allclose(method.apply(layer, x), x @ weight.T)
+print("all checks passed")
+"""
+
+
+def test_an_output_head_is_dense_where_it_has_no_kernel():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", HEAD]
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert result.stdout.endswith("all checks passed\n"), result.stderr[-3000:]
 
 
 def test_load_time_keys_of_a_compiled_checkpoint_can_be_overridden(python_lm_50):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from conftest import blocks_of_zeros
@@ -112,6 +114,15 @@ def test_what_has_no_kernel_is_refused():
     p = sb.pack(blocks_of_zeros(32, 64, 0.5), format="block", values="int4", activations="int8")
     with pytest.raises(sb.WeightError, match="no GPU kernel for int8 activations"):
         p.lower("cuda")
+
+
+def test_more_weights_than_kernels_number_are_refused():
+    for blocks, refused in ((2**23 - 1, False), (2**23, True)):
+        values = torch.empty(blocks, 16, 8, dtype=torch.uint8, device="meta")
+        p = types.SimpleNamespace(format="block", attributes={"values": "int4"}, tensors={"values": values})
+        assert (block.refusal(p) is not None) == refused
+    with pytest.raises(sb.WeightError, match=r"32 bits, this one stores 2\^31 or more"):
+        block.lower(p, torch.device("cuda"))
 
 
 def test_the_op_as_torch_compile_sees_it():

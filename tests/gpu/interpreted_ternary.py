@@ -8,6 +8,7 @@ from gpu_tools import check, run
 
 import sparse_backend as sb
 from sparse_backend.formats import get_format
+from sparse_backend.kernels import cpu
 from sparse_backend.kernels.triton import common, ternary
 
 SHAPES = [(1, 1, 0), (64, 512, 0), (70, 300, 0), (33, 700, 32), (20, 600, 64), (5, 700, 128), (3, 600, 256)]
@@ -24,8 +25,11 @@ def packed(n, k, group=0, bits=2, activations="int8", dtype=torch.bfloat16):
     return sb.pack(weight_of(n, k, group, dtype), "ternary", bits=bits, activations=activations)
 
 
-def check_int8(p, x, bias=None):
-    """The product against float64 of activations rounded as transformers' activation_quant: sums are exact."""
+def check_int8(p, x, bias=None, roundings=1):
+    """The product against float64 of activations rounded as transformers' activation_quant: sums are exact.
+
+    `roundings` to x's dtype are allowed.
+    """
     got = run(p.lower("cuda"), x, bias)
     assert got.dtype == x.dtype
     scale = 127 / x.float().abs().amax(-1, keepdim=True).clamp(min=1e-5)
@@ -34,8 +38,8 @@ def check_int8(p, x, bias=None):
     size = rounded.abs() @ p.unpack().double().abs().T
     if bias is not None:
         expected, size = expected + bias.double(), size + bias.double().abs()
-    # One group after the other is added in float32; one rounding to x's dtype, cut off by the interpreter.
-    unit = {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[x.dtype]
+    # One group after the other is added in float32; roundings to x's dtype are cut off by the interpreter.
+    unit = roundings * {torch.float32: 0.0, torch.bfloat16: 2**-7, torch.float16: 2**-10}[x.dtype]
     error = (got.double() - expected).abs()
     assert (error <= unit * expected.abs() + 1e-6 * size + 1e-30).all(), (error / size.clamp_min(1e-30)).max()
 
@@ -87,6 +91,53 @@ def test_many_tokens(group):
     check(keep, torch.randn(65, 200).bfloat16())
     if not group:
         check(keep, torch.randn(22, 200), bias)  # 66 rows of limbs
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_prompts_under_scales_of_groups_are_torchs_product_with_rounded_activations(dtype, monkeypatch):
+    weight = weight_of(70, 1000, 64, dtype)
+    weight[0] = 1.5
+    p = sb.pack(weight, "ternary", activations="int8")
+    x = 100 * torch.randn(65, 1000).to(dtype)
+    x[3], x[4, 7] = 0, float("nan")
+    monkeypatch.setattr(ternary.ternary_kernels, "dot", None)
+    y = run(p.lower("cuda"), x)
+    assert torch.isnan(y[4]).all()
+    x[4] = 0.5  # codes of 127: the sum of row 0 is beyond float16
+    check_int8(p, x, roundings=2)
+
+
+@pytest.mark.parametrize(("tokens", "group"), [(1, 0), (5, 0), (65, 0), (3, 64), (65, 64)])
+def test_a_given_absmax_makes_parts_of_a_token_round_alike(tokens, group):
+    """What tensor parallelism does: two halves of K, one scale, which is the CPU's sum."""
+    weight = weight_of(32, 256, group, torch.float32)
+    x = torch.randn(tokens, 256)
+    x[0, 200] = 9.0  # the first half never sees it
+    absmax = x.abs().amax(-1)
+    ours, cpus = [], []
+    for half in (slice(0, 128), slice(128, 256)):
+        p, part = sb.pack(weight[:, half].contiguous(), "ternary", activations="int8"), x[:, half]
+        assert p.attributes["group_size"] == group
+        op = torch.ops.sparse_backend.ternary_triton_linear.default
+        ours.append(op(part, *p.lower("cuda").tensors.values(), None, 32, absmax))
+        cpus.append(cpu.ops().lowbit_linear(part.contiguous(), *p.lower().tensors.values(), None, 32, absmax))
+    for a, b in zip(ours, cpus, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-5)
+    whole = sb.pack(weight, "ternary", activations="int8")
+    assert torch.allclose(sum(ours), sb.linear(x, whole), rtol=1e-6, atol=2e-5)
+    first = sb.pack(weight[:, :128].contiguous(), "ternary", activations="int8")
+    assert not torch.allclose(run(first.lower("cuda"), x[:, :128])[0], ours[0][0], rtol=1e-6, atol=1e-5)
+
+
+def test_an_absmax_that_is_none_is_refused_and_nan_propagates():
+    tensors = packed(20, 64).lower("cuda").tensors.values()
+    op, x = torch.ops.sparse_backend.ternary_triton_linear.default, torch.randn(2, 64)
+    for wrong in (torch.ones(3), torch.ones(2).double(), torch.ones(4)[::2]):
+        with pytest.raises(RuntimeError, match="absmax must be"):
+            op(x, *tensors, None, 20, wrong)
+    y = op(x, *tensors, None, 20, torch.tensor([1.0, float("nan")]))
+    assert torch.isfinite(y[0]).all()
+    assert torch.isnan(y[1]).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
@@ -181,4 +232,5 @@ def test_the_op_as_torch_compile_sees_it():
     tensors = packed(8, 64).lower("cuda").tensors.values()
     op = torch.ops.sparse_backend.ternary_triton_linear.default
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(op, (torch.randn(1, 64), *tensors, torch.randn(8), 8), test_utils=checks)
+    for absmax in ((), (torch.ones(1),)):
+        torch.library.opcheck(op, (torch.randn(1, 64), *tensors, torch.randn(8), 8, *absmax), test_utils=checks)

@@ -75,6 +75,9 @@ def test_sparse_linear_replaces_linear(tmp_path):
     assert sb.SparseLinear.from_linear(torch.nn.Linear(64, 64).bfloat16()).format == "bf16x12"
     forced = sb.SparseLinear.from_linear(torch.nn.Linear(64, 64).bfloat16(), format="bitmask")
     assert forced.format == "bitmask"
+    # What the plan takes is what is packed, its kind of values included.
+    for values, format in (("int4", "int4"), ("int8", "int8"), ("bf16x12", "bf16x12")):
+        assert sb.SparseLinear.from_linear(torch.nn.Linear(64, 64).bfloat16(), values=values).format == format
 
 
 def test_the_table_matches_what_the_library_exports():

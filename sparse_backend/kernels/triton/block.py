@@ -38,6 +38,7 @@ from .tuning import launches
 
 SIZE = 16
 MAX_GEMV, MAX_DOT = 2, 64
+MOST_STORED = 2**31 - 1
 PROGRAMS = 2048  # strips are flat: twice as many programs as tiles of 64 rows get
 
 # By (kernel, tokens of a program); `groups` are blocks side by side.
@@ -64,7 +65,12 @@ BUDGET = {("gemv", 1): 7.5, ("gemv", 2): 11.0}
 SCALES_OF_GROUPS = 2.0
 
 
-refusal = kept_only
+def refusal(packed: PackedWeight) -> str | None:
+    """Why no kernel here runs a weight, or None."""
+    stored = packed.tensors["values"].shape[0] * SIZE * SIZE
+    if stored > MOST_STORED:
+        return "block: GPU kernels number weights in 32 bits, this one stores 2^31 or more"
+    return kept_only(packed)
 
 
 def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
@@ -76,7 +82,7 @@ def lower(packed: PackedWeight, device: torch.device) -> MachineWeight:
         int32 [strips + 1], a strip's blocks; `scales` float32 [groups, 16 strips], or [0, 0].
 
     Raises:
-        WeightError: int8 activations, for which there is no kernel.
+        WeightError: int8 activations, or more weights than `MOST_STORED`: there is no kernel.
     """
     require(refusal(packed))
     tensors = placed(packed, device)

@@ -23,6 +23,9 @@ SCALE_GROUPS = (32, 64, 128, 256)
 _TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _ops = torch.library.Library("sparse_backend", "FRAGMENT")
 _scratch: dict[torch.device, torch.Tensor] = {}
+# All scratch that was ever given out, by address: a captured CUDA graph writes to the one of its capture whenever it is
+# replayed, also after a larger layer has brought a larger one.
+_given_out: dict[int, torch.Tensor] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +209,9 @@ def scratch(x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             raise IsaError(f"prefill scratch of {2 * count} bytes is not there yet: run once before capturing a graph")
         reserve(x.device, count)
-    return _scratch[x.device][:count].view(x.dtype).view(shape)
+    held = _scratch[x.device]
+    _given_out[held.data_ptr()] = held
+    return held[:count].view(x.dtype).view(shape)
 
 
 def finish(partial: torch.Tensor, bias: torch.Tensor | None, y: torch.Tensor) -> None:

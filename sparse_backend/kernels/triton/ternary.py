@@ -15,7 +15,8 @@ A token with NaN or Inf gives NaN.
 
 Up to four rows of limbs: dp4a, plain integers where there is none (AMD, the interpreter). More: int8 `tl.dot`. From 65
 tokens on (prefill) decompressed to a scratch shared by all layers: for `int8` as codes for torch's int8 product, for
-`keep` in x's dtype. No atomics: parts of K are summed in a second pass, in a fixed order.
+`keep`, and for `int8` under scales of groups, in x's dtype. No atomics: parts of K are summed in a second pass, in a
+fixed order.
 """
 
 from __future__ import annotations
@@ -170,11 +171,20 @@ def linear(
     limbs: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
+    absmax: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`."""
+    """y [..., N] in x's dtype from x [..., K] and the tensors of `lower`.
+
+    Args:
+        absmax: float32, each token's largest magnitude to round by, where x is a part of the token; None: that of x.
+    """
     k, n = x.shape[-1], out_features
     x2 = flat(x)
     m = x2.shape[0]
+    torch._check(
+        absmax is None or (absmax.dtype == torch.float32 and absmax.is_contiguous() and absmax.numel() == m),
+        lambda: "absmax must be a contiguous float32 tensor with one value per token",
+    )
     y = x.new_empty(m, n)
     if not y.numel():
         return y.view(*x.shape[:-1], n)
@@ -188,8 +198,13 @@ def linear(
     batch = rows if form == "gemv" else min(most_rows(size), max(16, triton.next_power_of_2(rows)))
     blocks = -(-rows // batch)
     unit = min(size, CHUNK) or CHUNK
-    codes, sums, steps = quantise(x2, blocks * batch, count, chunks * CHUNK, unit)
-    if m > MAX_TOKENS and not size:
+    codes, sums, steps = quantise(x2, blocks * batch, count, chunks * CHUNK, unit, absmax)
+    if m > MAX_TOKENS and size:
+        # 128ths, which are as exact: sums of the codes themselves would overflow float16.
+        shares = codes[:m, :k].to(x.dtype).div_(128)
+        part = dense_product(shares, decompress(scratch(x, (n, k)), words, scales), None)
+        return _finish(part[None], steps * 128, scales, bias, y, 1, True).view(*x.shape[:-1], n)
+    if m > MAX_TOKENS:
         dense = decompress(scratch(codes, (tiles * TILE_ROWS, chunks * CHUNK)), words, scales)
         _finish(torch._int_mm(codes[:m], dense.T)[None], steps, scales, bias, y, 1, False)
         return y.view(*x.shape[:-1], n)
@@ -210,9 +225,9 @@ def linear(
 
 
 def quantise(
-    x: torch.Tensor, rows: int, limbs: int, columns: int, unit: int
+    x: torch.Tensor, rows: int, limbs: int, columns: int, unit: int, absmax: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """x [M, K] as int8.
+    """x [M, K] as int8, by `absmax` [M] float32 or, if None, by each row's own.
 
     Returns:
         codes int8 [rows, columns], `limbs` rows per token, zero past K and anything past M tokens; their sums int32
@@ -224,7 +239,7 @@ def quantise(
     steps = x.new_empty(m, dtype=torch.float32)
     # A product that is not rounded before it is added to would round to other integers than the CPU's.
     launch(
-        ternary_kernels.quantise, (m,), x, codes, sums, steps, k, columns, x.stride(0),
+        ternary_kernels.quantise, (m,), x, absmax, codes, sums, steps, k, columns, x.stride(0),
         LIMBS=limbs, UNIT=unit, BLOCK=min(_MOST_QUANTISED, triton.next_power_of_2(columns)), num_warps=8,
         enable_fp_fusion=False,
     )  # fmt: skip
@@ -267,13 +282,14 @@ def _fake(
     limbs: torch.Tensor,
     bias: torch.Tensor | None,
     out_features: int,
+    absmax: torch.Tensor | None = None,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
 register(
-    "ternary_triton_linear(Tensor x, Tensor words, Tensor scales, Tensor limbs, Tensor? bias, SymInt out_features)"
-    " -> Tensor",
+    "ternary_triton_linear(Tensor x, Tensor words, Tensor scales, Tensor limbs, Tensor? bias, SymInt out_features, "
+    "Tensor? absmax=None) -> Tensor",
     linear,
     _fake,
 )

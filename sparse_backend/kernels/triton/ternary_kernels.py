@@ -15,28 +15,32 @@ import triton.language as tl
 
 @triton.jit
 def quantise(
-    x, codes, sums, steps, k, columns, x_stride,
+    x, absmax, codes, sums, steps, k, columns, x_stride,
     LIMBS: tl.constexpr, UNIT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token as int8: codes [LIMBS, columns] of it, their sums per unit, and what one step of the first limb is.
 
     One limb rounds as transformers' BitNet layers do. Three hold round(x * 2^22 / 2^e), absmax < 2^e, eight bits each.
+    absmax: float32, one for each token, or None: the largest magnitude of x.
     """
     token = tl.program_id(0)
     x += token.to(tl.int64) * x_stride
     codes += token.to(tl.int64) * LIMBS * columns
     sums += token.to(tl.int64) * LIMBS * (columns // UNIT)
     inside = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], tl.int32)
-    for begin in range(0, k, BLOCK):
-        value = tl.load(x + begin + inside, mask=begin + inside < k, other=0.0).to(tl.float32)
-        # Magnitudes compare as integers do, and NaN is above infinity.
-        most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
-    largest = tl.max(most, 0)
+    if absmax is None:
+        most = tl.zeros([BLOCK], tl.int32)
+        for begin in range(0, k, BLOCK):
+            value = tl.load(x + begin + inside, mask=begin + inside < k, other=0.0).to(tl.float32)
+            # Magnitudes compare as integers do, and NaN is above infinity.
+            most = tl.maximum(most, value.to(tl.int32, bitcast=True) & 0x7FFFFFFF)
+        largest = tl.max(most, 0)
+    else:
+        largest = tl.load(absmax + token).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     finite = largest < 0x7F800000
-    absmax = largest.to(tl.float32, bitcast=True)
     if LIMBS == 1:
-        scale = tl.div_rn(1.0, tl.maximum(absmax, 1e-5)) * 127.0  # torch's `127 / tensor`, to the bit
+        magnitude = largest.to(tl.float32, bitcast=True)
+        scale = tl.div_rn(1.0, tl.maximum(magnitude, 1e-5)) * 127.0  # torch's `127 / tensor`, to the bit
         step = tl.div_rn(1.0, scale)
     else:
         exponent = tl.maximum((largest >> 23) - 126, -104)  # absmax < 2^exponent
