@@ -41,7 +41,11 @@ inline void prefetch_step(const uint8_t* run) {
   constexpr int64_t kFirst = (kStep * kBytes + 63) / 64, kEnd = ((kStep + 1) * kBytes + 63) / 64;
 #pragma GCC unroll 12
   for (int64_t line = kFirst; line < kEnd; ++line) {
-    prefetch(run, kAhead + 64 * line);
+    if constexpr (kAhead == kOneStreamPrefetchBytes) {
+      prefetch_l2(run, kAhead + 64 * line);
+    } else {
+      prefetch(run, kAhead + 64 * line);
+    }
   }
 }
 

@@ -202,6 +202,13 @@ void panel_single(const UnitArgs& a, int panel) {
     total[p].clear();
     sum[p].clear();
   }
+  const auto ask = [](const uint8_t* line) {
+    if constexpr (kPanels == 1) {
+      prefetch_l2(line, kPrefetchBytes);
+    } else {
+      prefetch(line);
+    }
+  };
   const auto flush = [&] {
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) sum[p].flush(total[p].reg[0]);
@@ -211,7 +218,7 @@ void panel_single(const UnitArgs& a, int panel) {
     for (int64_t i = 0; i < count; ++i, x += 20) {
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
-        prefetch(w[p]);
+        ask(w[p]);
         sum[p].line5(w[p], x);
         w[p] += kLine;
       }
@@ -229,7 +236,7 @@ void panel_single(const UnitArgs& a, int panel) {
       for (int64_t i = 0; i < count; ++i, x += 16) {
 #pragma GCC unroll 2
         for (int p = 0; p < kPanels; ++p) {
-          prefetch(w[p]);
+          ask(w[p]);
           sum[p].line2(w[p], x);
           w[p] += kLine;
         }

@@ -41,8 +41,8 @@ inline __m256i load(const void* p) { return _mm256_loadu_si256(static_cast<const
 template <Values kValues>
 class Weights {
  public:
-  Weights(const Block& block, const ExponentTable& table, int64_t ahead)
-      : at_(block, ahead),
+  Weights(const Block& block, const ExponentTable& table, int64_t ahead, bool to_l2)
+      : at_(block, ahead, to_l2),
         exponents_(
             _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(table.exponent)))) {}
 

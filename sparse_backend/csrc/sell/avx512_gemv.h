@@ -33,7 +33,8 @@ constexpr FirstBytes kFirstBytes;
 template <Values kValues>
 class Weights {
  public:
-  Weights(const Block& block, const ExponentTable& table, int64_t ahead) : at_(block, ahead), table_(table) {}
+  Weights(const Block& block, const ExponentTable& table, int64_t ahead, bool to_l2)
+      : at_(block, ahead, to_l2), table_(table) {}
 
   inline void next(int active, __mmask64 bytes, __m512i& first, __m512i& last) {
     if constexpr (kValues == Values::kBf16x12) {

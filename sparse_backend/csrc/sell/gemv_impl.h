@@ -29,10 +29,10 @@ class ValueStream {
  public:
   const uint8_t* run;
   const uint8_t* codes;  // of kBf16x12 values
-  ValueStream(const Block& block, int64_t ahead)
+  ValueStream(const Block& block, int64_t ahead, bool to_l2)
       : run(block.run),
         codes(block.run + block.header->entries),
-        ahead_(reinterpret_cast<const uint8_t*>(block.header), ahead) {}
+        ahead_(reinterpret_cast<const uint8_t*>(block.header), ahead, to_l2) {}
 
   inline void skip(int active) {
     if constexpr (kValues == Values::kBf16x12) {
@@ -64,8 +64,9 @@ void gemv(const UnitArgs& args) {
     for (int s = 0; s < args.strips; ++s) {
       const Block block(stream[s], kValues);
       // Where strips take turns, the strip's next block; it is about as long as this one.
-      const int64_t ahead = args.strips == 1 ? kAhead : block.next - stream[s];
-      typename Level::template Weights<kValues> weights(block, exponents, ahead);
+      const bool one_stream = args.strips == 1;
+      const int64_t ahead = one_stream ? kAhead : block.next - stream[s];
+      typename Level::template Weights<kValues> weights(block, exponents, ahead, one_stream);
       const float* scales = block_scales<Simd>(args, b, s);
       float* out = args.out + s * kStripRows;
       stream[s] = block.next;

@@ -11,6 +11,7 @@
 // nor threads, nor on the instruction set, but for vdpbf16ps and tiles (amx.cpp), which round differently.
 #pragma once
 
+#include "../prefetch.h"
 #include "../unstructured/quantise.h"
 #include "kernels.h"
 
@@ -48,22 +49,24 @@ inline const typename Simd::Stored* block_values(const Block& block, const Expon
 }
 
 // Asks memory for as much as a step takes, further on. Spread over the steps: all at once they would wait for
-// each other, and the loads of this block for them. As integers: it may be past the end.
+// each other, and the loads of this block for them.
 template <Values kValues>
 class StepsAhead {
  public:
-  explicit StepsAhead(const uint8_t* at, int64_t distance = 0)
-      : next_(reinterpret_cast<uintptr_t>(at) + distance) {}
+  explicit StepsAhead(const uint8_t* at, int64_t distance = 0, bool to_l2 = false)
+      : at_(at), next_(distance), to_l2_(to_l2) {}
   inline void ask(int active_rows) {
     constexpr int64_t kBytes = 2 + unstructured::run_bytes(kValues, 2);
     for (int64_t line = 0; line < kBytes * kSliceRows; line += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(next_ + line));
+      to_l2_ ? prefetch_l2(at_, next_ + line) : prefetch(at_, next_ + line);
     }
     next_ += kBytes * active_rows;
   }
 
  private:
-  uintptr_t next_;
+  const uint8_t* at_;
+  int64_t next_;
+  bool to_l2_;
 };
 
 // What a block's sums are multiplied by: the scales of the unit's rows, or nullptr for 1.
