@@ -28,7 +28,15 @@ namespace {
 // One core alone reaches the memory's limit only when it asks this far ahead.
 constexpr int kPrefetchBytes = 8192;
 
-inline void prefetch(const uint8_t* line) { sparse_backend::prefetch(line, kPrefetchBytes); }
+// kToL2: where panels are read one after the other.
+template <bool kToL2 = false>
+inline void prefetch(const uint8_t* line) {
+  if constexpr (kToL2) {
+    prefetch_l2(line, kPrefetchBytes);
+  } else {
+    sparse_backend::prefetch(line, kPrefetchBytes);
+  }
+}
 
 template <class Simd, int kRows>
 struct Totals {
@@ -136,11 +144,11 @@ inline void lines5(const uint8_t* w, const int8_t* x, int64_t stride, int64_t li
   }
 }
 
-template <class Simd, int kRows>
+template <class Simd, int kRows, bool kToL2 = false>
 inline void lines8(const uint8_t* w, const int8_t* x, int64_t stride, int64_t lines,
                    Totals<Simd, kRows>& total) {
   for (int64_t i = 0; i < lines; ++i, w += kLine, x += 4) {
-    prefetch(w);
+    prefetch<kToL2>(w);
 #pragma GCC unroll 2
     for (int p = 0; p < Simd::kParts; ++p) {
       const auto line = Simd::load(w + p * (kLine / Simd::kParts));
@@ -163,7 +171,8 @@ void panel_rows(const UnitArgs& a, int panel, int first) {
   Totals<Simd, kRows> total;
   total.clear();
   if (plan.storage == Storage::kInt8) {
-    lines8<Simd, kRows>(w, x, a.x_stride, plan.lines8, total);
+    a.one_stream ? lines8<Simd, kRows, true>(w, x, a.x_stride, plan.lines8, total)
+                 : lines8<Simd, kRows, false>(w, x, a.x_stride, plan.lines8, total);
     return total.store(out, kUnitRows);
   }
   int64_t lines = plan.lines2;
@@ -202,13 +211,6 @@ void panel_single(const UnitArgs& a, int panel) {
     total[p].clear();
     sum[p].clear();
   }
-  const auto ask = [](const uint8_t* line) {
-    if constexpr (kPanels == 1) {
-      prefetch_l2(line, kPrefetchBytes);
-    } else {
-      prefetch(line);
-    }
-  };
   const auto flush = [&] {
 #pragma GCC unroll 2
     for (int p = 0; p < kPanels; ++p) sum[p].flush(total[p].reg[0]);
@@ -218,7 +220,7 @@ void panel_single(const UnitArgs& a, int panel) {
     for (int64_t i = 0; i < count; ++i, x += 20) {
 #pragma GCC unroll 2
       for (int p = 0; p < kPanels; ++p) {
-        ask(w[p]);
+        prefetch<kPanels == 1>(w[p]);
         sum[p].line5(w[p], x);
         w[p] += kLine;
       }
@@ -236,7 +238,7 @@ void panel_single(const UnitArgs& a, int panel) {
       for (int64_t i = 0; i < count; ++i, x += 16) {
 #pragma GCC unroll 2
         for (int p = 0; p < kPanels; ++p) {
-          ask(w[p]);
+          prefetch<kPanels == 1>(w[p]);
           sum[p].line2(w[p], x);
           w[p] += kLine;
         }
