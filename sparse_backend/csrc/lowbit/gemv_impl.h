@@ -28,7 +28,7 @@ namespace {
 // One core alone reaches the memory's limit only when it asks this far ahead.
 constexpr int kPrefetchBytes = 8192;
 
-// kToL2: where panels are read one after the other.
+// kToL2: where panels are read one after the other, or int8 weights by the first of several rows' passes.
 template <bool kToL2 = false>
 inline void prefetch(const uint8_t* line) {
   if constexpr (kToL2) {

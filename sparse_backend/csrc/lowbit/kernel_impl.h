@@ -97,7 +97,7 @@ void tile(const BlockArgs& b, int panel, int row) {
 #pragma GCC unroll 2
       for (int s = 0; s < kPanels; ++s) {
         const uint8_t* from = w + s * b.panel_stride;
-        if (kInt8 && row == 0) prefetch(from);
+        if (kInt8 && row == 0) prefetch<true>(from);
 #pragma GCC unroll 2
         for (int p = 0; p < Simd::kParts; ++p) line[s][p] = Simd::load(from + p * (kLine / Simd::kParts));
       }
