@@ -1,257 +1,27 @@
-"""`compile` as a whole: recipes, dry runs, interruptions, verification, the model card."""
+"""`compile` as a whole: recipes, dry runs, verification, the model card, what its report says."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
 import json
-import re
-import resource
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
 import yaml
-from conftest import PYTHON_LM, ROOT, sparse_weight
+from conftest import PYTHON_LM, sparse_weight
 from safetensors.torch import load_file, save_file
-from typer.testing import CliRunner
+from small_models import CONFIG, SHARD, TERNARY, cli, compiled, plain_model, save_model
 
 from sparse_backend import CheckpointError, OptionError, Options, WeightError
-from sparse_backend.cli import app
-from sparse_backend.compiler import calibrate, checkpoint, inspection, recipe, writer
+from sparse_backend.compiler import checkpoint, recipe
 from sparse_backend.compiler.compile import compile_checkpoint, plan_checkpoint
-from sparse_backend.compiler.cost import Profile
 from sparse_backend.compiler.source import Source, why_unknown
 from sparse_backend.compiler.verify import verify_checkpoint
-
-TERNARY = ROOT / "models" / "python-lm-ternary"
-SHARD = 3000
-CONFIG = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
-
-
-def save_model(folder, layers=4, config=CONFIG):
-    """Two source shards; each layer gives an output shard of its own."""
-    folder.mkdir(parents=True)
-    tensors = {"model.embed_tokens.weight": sparse_weight(50, 32, 0.0), "model.norm.weight": torch.ones(32).bfloat16()}
-    for i in range(layers):
-        prefix = f"model.layers.{i}"
-        tensors[f"{prefix}.self_attn.q_proj.weight"] = sparse_weight(32, 32, 0.5, seed=i)
-        tensors[f"{prefix}.self_attn.q_proj.bias"] = torch.ones(32).bfloat16()
-        tensors[f"{prefix}.mlp.down_proj.weight"] = sparse_weight(32, 64, 0.8, seed=10 + i)
-        tensors[f"{prefix}.mlp.up_proj.weight"] = sparse_weight(64, 32, 0.0, seed=20 + i)
-    names, weight_map = sorted(tensors), {}
-    for i, part in enumerate((names[:5], names[5:]), 1):
-        save_file({n: tensors[n] for n in part}, folder / f"model-{i}.safetensors", metadata={"format": "pt"})
-        weight_map.update(dict.fromkeys(part, f"model-{i}.safetensors"))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    (folder / "config.json").write_text(json.dumps(config))
-    (folder / "tokenizer.json").write_text("{}")
-    return folder
 
 
 @pytest.fixture
 def model(tmp_path):
     return save_model(tmp_path / "model")
-
-
-def fingerprint(folder):
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def compiled(source, out, options=Options(), **kwargs):  # noqa: B008 - frozen
-    """Compile, and take the result away again: its fingerprint and report."""
-    report = compile_checkpoint(source, out, options, max_shard_bytes=SHARD, **kwargs)
-    result = fingerprint(out)
-    shutil.rmtree(out)
-    return result, report
-
-
-def interrupt(source, out, options=Options(), after=8):  # noqa: B008
-    """A run that ends after so many tensors as Ctrl-C ends it."""
-
-    def progress(done, total, what):
-        nonlocal after
-        after -= 1
-        if after < 0:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compile_checkpoint(source, out, options, progress, max_shard_bytes=SHARD)
-    assert not out.exists()
-
-
-# One process that forks: each child is killed before its n-th rename or wait for the disk.
-KILLER = """
-import os, signal, sys
-from pathlib import Path
-import torch
-from sparse_backend import Options
-from sparse_backend.compiler import compile, writer
-source, out, shard, point, step = Path(sys.argv[1]), Path(sys.argv[2]), *map(int, sys.argv[3:])
-torch.set_num_threads(1)
-
-def child(point):
-    rename, fsync, left = os.rename, os.fsync, [point]
-    def step(real):
-        def call(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-        return call
-    os.rename, os.fsync = step(rename), step(fsync)
-    options = Options(sparsity=0.5)
-    compile.compile_checkpoint(source, out, options, max_shard_bytes=shard, verify=True, say=print, command="c")
-
-for _ in range(200):
-    print("killed at", point, flush=True)
-    pid = os.fork()
-    if pid == 0:
-        child(point)
-        os._exit(0)
-    _, status = os.waitpid(pid, 0)
-    if out.exists():
-        break
-    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL, status
-    point += step
-else:
-    sys.exit("never finished")
-"""
-
-
-# With step 0 every run gets a little further than the one before it; else each takes up what the last one left.
-@pytest.mark.parametrize(("first", "step"), [(0, 1), (24, 0)])
-def test_killed_anywhere_a_rerun_gives_the_same_bytes(model, tmp_path, first, step):
-    out = tmp_path / "out"
-    expected, _ = compiled(model, out, Options(sparsity=0.5), command="c")
-    command = [sys.executable, "-c", KILLER, *map(str, (model, out, SHARD, first, step))]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("killed at") > 1
-    assert "taking up an interrupted run" in result.stdout
-    assert fingerprint(out) == expected
-    assert checkpoint.read(out).modules
-    # What was killed between the last rename and the tidying up is tidied by whoever comes next.
-    with pytest.raises(CheckpointError, match="exists already"):
-        compile_checkpoint(model, out, Options(sparsity=0.5))
-
-
-def test_an_interrupted_run_is_taken_up_not_done_again(model, tmp_path):
-    out, said, seen = tmp_path / "out", [], []
-    expected, whole = compiled(model, out)
-    interrupt(model, out, after=10)
-    kept = sorted(p.name for p in (tmp_path / ".out.incomplete").glob("shard-*"))
-    assert kept
-    result, report = compiled(model, out, progress=lambda *a: seen.append(a), say=said.append)
-    assert result == expected
-    assert report == whole
-    assert len(seen) < 18
-    assert [s for s in said if "taking up an interrupted run" in s] == said
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
-
-
-@pytest.mark.parametrize("layout", ["sparse-compiled", "bitnet"])
-def test_bitnet_and_compiled_sources_are_taken_up(tmp_path, layout):
-    out, options = tmp_path / "out", Options()
-    source = TERNARY
-    if layout == "bitnet":
-        source = tmp_path / "compiled"
-        compile_checkpoint(TERNARY, source, options)
-    size = 300_000
-    runs = {"layout": layout, "max_shard_bytes": size}
-    compile_checkpoint(source, out, options, verify=True, **runs)
-    expected = fingerprint(out)
-    shutil.rmtree(out)
-    calls = 0
-
-    def progress(done, total, what):
-        nonlocal calls
-        calls += 1
-        if calls == 40:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        compile_checkpoint(source, out, options, progress, **runs)
-    said = []
-    compile_checkpoint(source, out, options, say=said.append, **runs)
-    assert "taking up" in said[0]
-    assert fingerprint(out) == expected
-
-
-def test_other_options_or_another_source_start_over(model, tmp_path):
-    out = tmp_path / "out"
-    for change, word in (
-        (lambda: Options(sparsity=0.75), "options differ"),
-        (lambda: (model / "config.json").write_text(json.dumps({**CONFIG, "x": 1})) and Options(), "source differ"),
-    ):
-        interrupt(model, out)
-        said, options = [], change()
-        result, _ = compiled(model, out, options, say=said.append)
-        assert len(said) == 1
-        assert word in said[0]
-        assert "starting over" in said[0]
-        assert result == compiled(model, out, options)[0]
-
-
-def test_damaged_work_is_not_used(model, tmp_path):
-    out, work = tmp_path / "out", tmp_path / ".out.incomplete"
-    expected, _ = compiled(model, out)
-
-    def flip(path):
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-
-    for damage, message in (
-        (lambda: (work / "manifest.json").write_text('{"key": 1'), "manifest of an interrupted run is damaged"),
-        (lambda: (work / "manifest.json").write_text('{"key": 1, "shards": [{}]}'), "manifest .* is damaged"),
-        (lambda: flip(work / "shard-1.safetensors"), "shard 1 of an interrupted run is damaged"),
-        (lambda: flip(work / "shard-2.safetensors"), "shard 2 of an interrupted run is damaged"),
-        (lambda: (work / "shard-2.safetensors").unlink(), "shard 2 of an interrupted run is damaged"),
-    ):
-        interrupt(model, out, after=16)
-        damage()
-        said = []
-        assert compiled(model, out, say=said.append)[0] == expected
-        assert any(re.search(message, text) for text in said), said
-
-
-def test_two_runs_do_not_mix(model, tmp_path):
-    out, refused = tmp_path / "out", []
-
-    def progress(done, total, what):
-        if not refused:
-            with pytest.raises(CheckpointError, match="another run is writing it now") as error:
-                compile_checkpoint(model, out, Options(), max_shard_bytes=SHARD)
-            refused.append(error)
-
-    compile_checkpoint(model, out, Options(), progress, max_shard_bytes=SHARD)
-    assert refused
-    assert verify_checkpoint(model, out) == 18
-
-
-def test_a_full_disk_keeps_whole_shards_and_says_how_much_is_missing(model, tmp_path):
-    out = tmp_path / "out"
-    expected, _ = compiled(model, out)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-
-    def progress(done, total, what):
-        if (tmp_path / ".out.incomplete" / "shard-2.safetensors").exists():
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))  # Python ignores the signal: writes fail
-
-    try:
-        with pytest.raises(CheckpointError, match=r"cannot be written: .* more are needed, .* are free") as error:
-            compile_checkpoint(model, out, Options(), progress, max_shard_bytes=SHARD)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert "the same command goes on from them" in str(error.value)
-    assert not out.exists()
-    assert not (tmp_path / ".out.incomplete" / "shard.new").exists()
-    said = []
-    assert compiled(model, out, say=said.append)[0] == expected
-    assert "taking up" in said[0]
 
 
 def test_what_is_wrong_with_the_input_leaves_nothing(model, tmp_path):
@@ -366,10 +136,6 @@ def test_a_dry_run_plans_the_same_and_writes_nothing(model, tmp_path):
         plan_checkpoint(model, Options(ignore=("*",)))
 
 
-def cli(*args):
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [str(arg) for arg in args], catch_exceptions=False)
-
-
 def test_flags_win_over_the_recipe(model, tmp_path):
     (tmp_path / "r.yaml").write_text("# half\nsparsity: 0.5\nrules:\n  - {match: '*.up_proj', sparsity: 0.25}\n")
     (tmp_path / "r.json").write_text('{"sparsity": 0.5, "ignore": ["*.q_proj"], "quant_method": "sparse-compiled"}')
@@ -459,21 +225,6 @@ def test_unknown_architectures_are_converted_with_a_warning(tmp_path):
     assert why_unknown(json.loads((PYTHON_LM / "config.json").read_text())) is None
 
 
-def test_inspect_tells_density_and_kinds(model, tmp_path):
-    options = Options(format="bitmask", ignore=("*.up_proj",), rules=({"match": "*.down_proj", "format": "sell"},))
-    compile_checkpoint(model, tmp_path / "out", options)
-    info = inspection.inspect(tmp_path / "out", verify=True).to_json()
-    density = [row["density"] for row in info["modules"] if "down_proj" in row["name"]]
-    assert density == pytest.approx([0.2] * 4, abs=0.05)
-    assert [(row["name"], row["format"], row["bits_per_weight"]) for row in info["dense"]] == [
-        (f"model.layers.{i}.mlp.up_proj (dense)", "dense", 16.0) for i in range(4)
-    ]
-    kinds = {row["name"]: row["count"] for row in info["kinds"]}
-    assert kinds == {"q_proj (bitmask)": 4, "down_proj (sell)": 4, "up_proj (dense)": 4}
-    assert "down_proj (sell)" in cli("inspect", tmp_path / "out", "--kinds").output
-    assert "up_proj" in cli("inspect", model, "--modules").output
-
-
 def test_the_stream_opens_shards_anew_and_reads_everything(model, monkeypatch):
     monkeypatch.setattr("sparse_backend.compiler.source.MAPPED_BYTES", 1)
     source = Source(checkpoint.read(model))
@@ -482,14 +233,6 @@ def test_the_stream_opens_shards_anew_and_reads_everything(model, monkeypatch):
     assert streamed.keys() == tensors.keys()
     assert all(torch.equal(streamed[n], t) for n, t in tensors.items())
     assert source.done_bytes == sum(t.nbytes for t in tensors.values())
-
-
-def plain_model(folder, weight, config=CONFIG):
-    """One source shard, its one projection `weight`."""
-    folder.mkdir(parents=True)
-    save_file({"model.layers.0.mlp.down_proj.weight": weight}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
 
 
 ALL_FP16 = Options(format="bitmask", rules=({"match": "*", "values": "fp16"},))
@@ -571,108 +314,3 @@ def test_patterns_that_fit_no_module_are_said_once(model, tmp_path):
         "option 'rules': no module fits 'model.layers.0.mlp.up_prj'; the nearest is model.layers.0.mlp.up_proj",
         "option 'rules': no module fits 'xyz'",
     ]
-
-
-def test_a_run_goes_on_by_the_profile_it_began_with(model, tmp_path, monkeypatch):
-    """A machine too busy for its profile to be kept: every process measures another one."""
-    recorded = Profile.load(ROOT / "tests" / "profile.json")
-    measured = []
-
-    def measure(progress=None):
-        # Dense products get faster and faster: what was packed in the first run would stay dense in the next.
-        measured.append(1)
-        dense = recorded.kernels["dense/bf16"]
-        faster = tuple(tuple(t / 1000 ** (len(measured) - 1) for t in row) for row in dense.compute)
-        kernels = {**recorded.kernels, "dense/bf16": dataclasses.replace(dense, compute=faster)}
-        return dataclasses.replace(recorded, kernels=kernels, threads=torch.get_num_threads() + 1)
-
-    monkeypatch.delenv("SPARSE_BACKEND_PROFILE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(calibrate, "calibrate", measure)
-    monkeypatch.setattr(calibrate, "_profiles", {})
-    expected, _ = compiled(model, tmp_path / "out")
-    calibrate._profiles.clear()
-    measured.clear()
-    interrupt(model, tmp_path / "out", after=10)
-    calibrate._profiles.clear()  # another process
-    said = []
-    assert compiled(model, tmp_path / "out", say=said.append)[0] == expected
-    assert [s for s in said if "taking up an interrupted run" in s] == said
-    assert len(measured) == 1
-    assert not calibrate._profiles
-    # Other options are another run: it plans by what it measures.
-    interrupt(model, tmp_path / "out", after=10)
-    calibrate._profiles.clear()
-    said.clear()
-    compile_checkpoint(model, tmp_path / "out", Options(batch=2, sparsity=0.9), say=said.append, max_shard_bytes=SHARD)
-    assert "options, machine differ" in said[0]
-    assert len(measured) == 3
-
-
-@pytest.mark.parametrize(
-    ("flags", "after", "message"),
-    [
-        (("--dry-run",), 3, "a dry run writes nothing"),
-        ((), 0, "before the first shard was whole; nothing is kept"),
-        ((), 12, "shards that are whole are kept"),
-    ],
-)
-def test_interrupting_says_what_is_kept(model, tmp_path, monkeypatch, flags, after, message):
-    done = writer.Writer.done
-    left = [after]
-
-    def interrupted(self, result):
-        if left[0] == 0:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        self.max_shard_bytes = SHARD
-        done(self, result)
-
-    monkeypatch.setattr(writer.Writer, "done", interrupted)
-    result = cli("compile", model, tmp_path / "out", *flags)
-    assert result.exit_code == 130
-    assert message in result.output
-    assert (tmp_path / ".out.incomplete").exists() == (after == 12)
-
-
-def test_inspect_tells_what_is_stored_of_integers_and_odd_shapes(model, tmp_path):
-    for values in ("int8", "int4"):
-        options = Options(values=values, format="bitmask")
-        compile_checkpoint(model, tmp_path / values, options)
-        rows = inspection.inspect(tmp_path / values).rows
-        weights = [checkpoint_weight(model, row.name.partition(" ")[0]) for row in rows]
-        for row, weight in zip(rows, weights, strict=True):
-            assert 0 <= row.nnz - int(torch.count_nonzero(weight)) <= (values == "int4")
-    for number, zero_blocks in enumerate((0, 1)):
-        weight = torch.ones(20, 20).bfloat16()
-        weight[:16, :16] *= 1 - zero_blocks
-        for values in (None, "int8", "int4"):
-            out = tmp_path / f"{number}{values}"
-            source = plain_model(tmp_path / f"m{number}{values}", weight)
-            compile_checkpoint(source, out, Options(format="block", values=values))
-            assert inspection.inspect(out).rows[0].density == 1 - zero_blocks / 4
-
-
-def test_inspect_takes_float32_sources_as_such(tmp_path):
-    for number, (config, options) in enumerate((
-        ({}, Options(format="int8")),
-        ({"dtype": "float32"}, Options(format="bitmask", values="bf16")),
-        ({"torch_dtype": "float32"}, Options(format="ternary")),
-    )):  # fmt: skip
-        source = plain_model(tmp_path / f"m{number}", sparse_weight(32, 64, 0.5, torch.float32), {**CONFIG, **config})
-        report = compile_checkpoint(source, tmp_path / f"o{number}", options)
-        assert inspection.inspect(tmp_path / f"o{number}").rows[0].dense_bytes == report.dense_bytes == 4 * 32 * 64
-    compile_checkpoint(TERNARY, tmp_path / "ternary", Options())
-    assert {row.dense_bytes for row in inspection.inspect(tmp_path / "ternary").rows} <= {
-        2 * row.weights for row in inspection.inspect(tmp_path / "ternary").rows
-    }
-
-
-def checkpoint_weight(folder, module):
-    return next(t for n, t in Source(checkpoint.read(folder)).weights() if n == f"{module}.weight")
-
-
-def test_verifying_a_plain_checkpoint_says_that_it_has_no_checksums(model):
-    text = cli("inspect", model, "--verify").output
-    assert "no checksums to check" in text
-    assert "all checksums match" not in text
