@@ -28,9 +28,13 @@ DEFAULTS = {
 }
 
 
-def run(jobs: list[dict[str, Any]], timeout: float = 900, **environment: str) -> list[dict[str, Any]]:
-    """Results in order: `tokens`, `logprobs`, `rss`, `speed`, ... or `error`; all carry `log`."""
-    return run_jobs(sys.executable, __file__, jobs, {**DEFAULTS, **os.environ, **environment}, timeout)
+def run(jobs: list[dict[str, Any]], timeout: float = 900, **environment: str | None) -> list[dict[str, Any]]:
+    """Results in order: `tokens`, `logprobs`, `rss`, `speed`, ... or `error`; all carry `log`.
+
+    `environment`: variables beside DEFAULTS; None leaves one of these out.
+    """
+    settings = {k: v for k, v in {**DEFAULTS, **os.environ, **environment}.items() if v is not None}
+    return run_jobs(sys.executable, __file__, jobs, settings, timeout)
 
 
 def _resident() -> int:

@@ -8,9 +8,12 @@ lowered; where an engine cuts them (tensor parallelism) or changes them, it work
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+import mmap
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,6 +62,39 @@ class PackedTensor(torch.Tensor):
         """Any operation runs on the dense weight."""
         args, kwargs = pytree.tree_map_only(PackedTensor, PackedTensor.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
+
+
+def release(tensors: Iterable[PackedTensor]) -> None:
+    """Give back the memory of weights that were read from a mapped file, and are not needed any more.
+
+    A mapping's pages count as this process's memory until it is closed, which engines do when a shard is done: half
+    a gigabyte beside what was made of it. Who looks at such a tensor again reads it from the file again.
+    """
+    mapped = _mapped_files()
+    for tensor in tensors:
+        for part in tensor.packed.tensors.values():
+            begin, end = part.data_ptr(), part.data_ptr() + part.nbytes
+            # Of memory that no file stands behind, this would be the only copy.
+            if any(first <= begin and end <= last for first, last in mapped):
+                begin, end = -(-begin // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+                if begin < end:
+                    _madvise(begin, end - begin, mmap.MADV_DONTNEED)
+
+
+_madvise = ctypes.CDLL(None).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+
+def _mapped_files() -> list[tuple[int, int]]:
+    """Where files lie in memory just now; nothing where the system does not tell."""
+    try:
+        lines = Path("/proc/self/maps").read_text().splitlines()
+    except OSError:
+        return []
+    # address range, rights, offset, device, inode, path
+    fields = [line.split(maxsplit=5) for line in lines if "/" in line]
+    ranges = [f[0].partition("-") for f in fields if f[4] != "0"]
+    return [(int(first, 16), int(last, 16)) for first, _, last in ranges]
 
 
 class Scratch:

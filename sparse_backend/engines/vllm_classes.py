@@ -150,9 +150,11 @@ class SparseCompiledLinearMethod(LinearMethodBase):  # type: ignore[misc]
             self.kernel = self.loading.install(layer, self.prefix, packed)
             self.loading.scratch.reset()
             self.loading.handed += 1
+            handover.release(tensors)
             return
         for tensor, load_dense in handed:
             load_dense(tensor.dense())
+            handover.release([tensor])
         self.kernel = self.loading.convert(layer, self.prefix, self.options, self.reason, parts)
         if self.kernel is None:
             self.dense.process_weights_after_loading(layer)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import sparse_backend as sb
 from sparse_backend.compiler import plan
@@ -19,6 +24,34 @@ def tensor_of(name, n=32, k=64, format="bitmask", **options):
     weight[torch.rand(n, k) < 0.5] = 0
     packed = sb.pack(weight, format, **options)
     return handover.PackedTensor(name, packed, packed.unpack)
+
+
+def resident(path):
+    """Bytes of a file that are mapped and in memory."""
+    kilobytes = 0
+    mine = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if " kB" not in line and ":" in line and "-" in line.split()[0]:
+            mine = line.endswith(str(path))
+        elif mine and line.startswith("Rss:"):
+            kilobytes += int(line.split()[1])
+    return kilobytes * 1024
+
+
+def test_memory_of_a_file_is_given_back_and_of_nothing_else(tmp_path):
+    packed = tensor_of("q", 2048, 1024).packed
+    path = tmp_path / "model.safetensors"
+    save_file(dict(packed.tensors), path)
+    with safe_open(path, "pt") as shard:
+        mapped = dataclasses.replace(packed, tensors={name: shard.get_tensor(name) for name in packed.tensors})
+        expected = packed.unpack()
+        tensors = [handover.PackedTensor("q", p, p.unpack) for p in (mapped, packed)]
+        assert torch.equal(mapped.unpack(), expected)
+        assert resident(path) > 0.9 * packed.nbytes
+        handover.release(tensors)
+        assert resident(path) < 0.1 * packed.nbytes
+        for tensor in tensors:
+            assert torch.equal(tensor.dense(), expected)
 
 
 PARTS = [("q", 32), ("k", 16)]
