@@ -119,6 +119,8 @@ def one(shape: str, kind: str, zeros: float, values: str | None, args: Any, prof
         for c in group.values():
             if values is None:
                 c.check(x, exact)
+    problems = {name: c.problem for name, c in group.items()}
+    problems["dense"] = " ".join(c.problem for name, c in group.items() if name.startswith("dense ") and c.problem)
     for batch, measured in quieter_of_two([*probes(), *group.values()], xs, args.seconds).items():
         now = of_the_moment(profile, measured["memory"], measured["compute"])
         measured["dense"] = min(seconds for name, seconds in measured.items() if name.startswith("dense "))
@@ -137,7 +139,7 @@ def one(shape: str, kind: str, zeros: float, values: str | None, args: Any, prof
                 "gb_per_s": now.bandwidth / 1e9, "compute_us": measured["compute"] * 1e6,
                 "ratio_then": then[p.name] / seconds, "chosen": p.name == chosen, "chosen_then": p.name == chosen_then,
                 "first_two": p in second, "slower_than_best": seconds / best - 1,
-                "problem": group[p.name].problem if p.name in group else "",
+                "problem": problems[p.name],
             })  # fmt: skip
     return rows
 

@@ -1,10 +1,9 @@
 """The folder a compile works in: locked, and good for going on after an interruption.
 
 `.OUT.incomplete` stands beside OUT and holds `lock`, `manifest.json`, finished shards, perhaps the `profile.json` they
-were planned by, and `model/`, which becomes
-OUT by one rename. The manifest says what the work was made from (its key) and lists the shards that are whole; it is
-replaced by rename, after the shard is on disk. So whenever a run is killed, the next one finds either a shard and its
-record or neither, and OUT exists only when it is complete.
+were planned by, and `model/`, which becomes OUT by one rename. The manifest says what the work was made from (its key)
+and lists the shards that are whole; it is replaced by rename, after the shard is on disk. So whenever a run is killed,
+the next one finds either a shard and its record or neither, and OUT exists only when it is complete.
 """
 
 from __future__ import annotations

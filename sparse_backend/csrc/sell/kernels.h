@@ -60,9 +60,9 @@ const Kernels& scalar_kernels(Values values);
 const Kernels& avx2_kernels(Values values);
 const Kernels& avx512_kernels(Values values);
 const Kernels& avx512_bf16_kernels(Values values);  // bf16 values and activations, vdpbf16ps
-const unstructured::StripKernels& amx_kernels(
-    Values values);  // bf16 values and activations, or integer values
-const unstructured::StripKernels& amx_byte_kernels(Values values);  // integer values, int8 activations
+// Of bf16 values and activations, or integer values; of integer values and int8 activations.
+const unstructured::StripKernels& amx_kernels(Values values);
+const unstructured::StripKernels& amx_byte_kernels(Values values);
 #endif
 
 }  // namespace sparse_backend::sell
